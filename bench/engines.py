@@ -1,0 +1,361 @@
+"""One protocol for what can be measured; behind it llama.cpp (a GGUF) and transformers (folders).
+
+    with open_engine(Path("runs/smollm2-cpu/gguf/smollm2-cpu-Q4_K_M.gguf"), Settings()) as engine:
+        ids = engine.chat_format.question_ids("What is the capital of France?")
+        print(engine.text(engine.generate(ids, 64)))
+
+Each engine also times the three things a person waits for (``*_seconds``), since what must not be cached or
+computed for them differs between the two.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+
+from pipeline.errors import MedcotError
+from pipeline.prompts import ChatFormat
+from pipeline.vocabulary import TransformersVocabulary
+
+EngineName = Literal["llama.cpp", "transformers"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is opened; ``threads`` None takes one per physical core that this process may use."""
+
+    context_tokens: int = 4096
+    threads: int | None = None
+    system: str | None = None
+    dtype: Dtype = "auto"
+    load_in_4bit: bool = False
+    revision: str | None = None
+
+    @property
+    def thread_count(self) -> int:
+        return self.threads or usable_cores()
+
+
+class Engine(Protocol):
+    """A loaded model. Ids are the model's own tokens; log-probabilities are natural logarithms."""
+
+    name: EngineName
+    weights: str
+    file_bytes: int
+    vocabulary_size: int
+
+    @property
+    def chat_format(self) -> ChatFormat: ...
+
+    def token_log_probabilities(self, ids: Sequence[int]) -> npt.NDArray[np.float64]:
+        """``log p(ids[i + 1] | ids[: i + 1])`` for each i: one value fewer than there are ids."""
+
+    def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
+        """Greedy continuation without the end of turn; shorter than the limit where the model ended it."""
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Ids as text, control tokens spelled out."""
+
+    def prompt_seconds(self, ids: Sequence[int]) -> float:
+        """Time to evaluate a prompt that shares nothing with earlier ones, up to the first next token."""
+
+    def decode_seconds(self, ids: Sequence[int]) -> float:
+        """Time to evaluate ids one by one from an empty context, as generation does, without sampling."""
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Engine: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def open_engine(path: Path, settings: Settings) -> Engine:
+    """A GGUF under llama.cpp; a model's folder, or an adapter's that names its base, under transformers."""
+    if not path.is_dir():
+        return LlamaCppEngine(path, settings)
+    if (path / "adapter_config.json").is_file():
+        return TransformersEngine(_base_of_adapter(path), path, settings)
+    if (path / "config.json").is_file():
+        return TransformersEngine(path, None, settings)
+    raise MedcotError(
+        f"{path} is no model: name a GGUF, a folder with config.json or one with adapter_config.json."
+    )
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may run on: a second thread on a core slows llama.cpp down."""
+    try:
+        allowed = len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        allowed = os.cpu_count() or 1
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+
+
+def target_log_probabilities(
+    blocks: Iterable[npt.NDArray[np.float32]], ids: Sequence[int]
+) -> npt.NDArray[np.float64]:
+    """Log-probability of each id after the first, from blocks of logits [block, vocabulary] over ``ids``.
+
+    A block is dropped before the next is asked for, so memory does not grow with the length. The exponentials
+    are 32-bit and their sum is 64-bit: an error below 1e-6 nats.
+    """
+    targets = np.asarray(ids[1:], dtype=np.int64)
+    result = np.empty(len(targets), dtype=np.float64)
+    start = 0
+    for block in blocks:
+        used = block[: max(0, len(targets) - start)]
+        if len(used):
+            largest = used.max(axis=1, keepdims=True)
+            total = np.exp(used - largest).sum(axis=1, dtype=np.float64)
+            own = used[np.arange(len(used)), targets[start : start + len(used)]]
+            result[start : start + len(used)] = (own - largest[:, 0]).astype(np.float64) - np.log(total)
+        start += len(block)
+    return result
+
+
+class LlamaCppEngine:
+    """A GGUF; weights stay mapped, logits are read block by block."""
+
+    name: EngineName = "llama.cpp"
+
+    def __init__(self, path: Path, settings: Settings) -> None:
+        from export.gguf_model import GgufModel
+
+        self._model = GgufModel(
+            path,
+            n_ctx=settings.context_tokens,
+            n_threads=settings.thread_count,
+            system=settings.system,
+        )
+        self.file_bytes = path.stat().st_size
+        self.vocabulary_size = self._model.n_vocab
+        self.weights = _gguf_weights(self._model.metadata)
+
+    @cached_property
+    def chat_format(self) -> ChatFormat:
+        return self._model.chat_format
+
+    def token_log_probabilities(self, ids: Sequence[int]) -> npt.NDArray[np.float64]:
+        return target_log_probabilities(self._model.logits(ids), ids)
+
+    def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
+        return list(self._model.generate(ids, max_new_tokens))
+
+    def text(self, ids: Sequence[int]) -> str:
+        return self._model.text(ids)
+
+    def prompt_seconds(self, ids: Sequence[int]) -> float:
+        self._forget()
+        started = time.perf_counter()
+        next(self._model.generate(ids, 1), None)
+        return time.perf_counter() - started
+
+    def decode_seconds(self, ids: Sequence[int]) -> float:
+        # Blocks of one position are exactly what generation evaluates, and what llama-bench's tg test times.
+        blocks = self._model.logits(ids, chunk=1)
+        started = time.perf_counter()
+        for _ in blocks:
+            pass
+        return time.perf_counter() - started
+
+    def _forget(self) -> None:
+        """Leave no prefix for the next prompt to go on from: logits() clears the context when it ends."""
+        for _ in self._model.logits([0], chunk=1):
+            pass
+
+    def close(self) -> None:
+        self._model.close()
+
+    def __enter__(self) -> LlamaCppEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class TransformersEngine:
+    """A model's folder under PyTorch, with a LoRA adapter merged into it where there is one.
+
+    The tokenizer is the adapter's where its folder has one: that is what trained. In 4 bit (CUDA only) the
+    adapter stays beside the weights, because merging would round the sum to 4 bit again.
+    """
+
+    name: EngineName = "transformers"
+
+    def __init__(self, base: Path, adapter: Path | None, settings: Settings) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        if settings.threads is not None or not torch.cuda.is_available():
+            torch.set_num_threads(settings.thread_count)
+        self._torch = torch
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        in_4bit = settings.load_in_4bit and self._device == "cuda"
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                base,
+                dtype=_torch_dtype(settings.dtype, self._device),
+                quantization_config=_four_bit(torch) if in_4bit else None,
+                device_map={"": 0} if in_4bit else None,
+            )
+            with_tokenizer = adapter if adapter and (adapter / "tokenizer.json").is_file() else base
+            self._tokenizer = AutoTokenizer.from_pretrained(with_tokenizer)
+        except (OSError, ValueError) as error:
+            raise MedcotError(f"transformers cannot load {base}: {str(error).splitlines()[0]}") from error
+        if adapter is not None:
+            model = _with_adapter(model, adapter, merge=not in_4bit)
+        self._model = model.eval() if in_4bit else model.to(self._device).eval()
+        self.weights = "bnb-4bit" if in_4bit else str(model.dtype).removeprefix("torch.")
+        self.file_bytes = sum(_weight_bytes(folder) for folder in (base, adapter) if folder)
+        self.vocabulary_size = int(model.config.get_text_config().vocab_size)
+        self._system = settings.system
+
+    @cached_property
+    def chat_format(self) -> ChatFormat:
+        template = self._tokenizer.chat_template
+        if not isinstance(template, str):
+            raise MedcotError("The tokenizer holds no chat template: it is not a chat model.")
+        return ChatFormat(template, TransformersVocabulary(self._tokenizer), self._system)
+
+    def token_log_probabilities(self, ids: Sequence[int]) -> npt.NDArray[np.float64]:
+        return target_log_probabilities(self._logits(ids), ids)
+
+    def _logits(self, ids: Sequence[int], block: int = 64) -> Iterator[npt.NDArray[np.float32]]:
+        """Next-token logits of all ids but the last, a block of positions at a time."""
+        torch = self._torch
+        with torch.inference_mode():
+            past = None
+            for start in range(0, len(ids) - 1, block):
+                part = self._tensor(ids[start : min(start + block, len(ids) - 1)])
+                output = self._model(part, past_key_values=past, use_cache=True)
+                past = output.past_key_values
+                yield output.logits[0].float().cpu().numpy()
+
+    def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
+        prompt = self._tensor(ids)
+        ends = self._end_ids
+        with self._torch.inference_mode():
+            output = self._model.generate(
+                prompt,
+                attention_mask=self._torch.ones_like(prompt),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                eos_token_id=sorted(ends),
+                pad_token_id=min(ends),
+            )
+        new: list[int] = output[0, len(ids) :].tolist()
+        return new[:-1] if new and new[-1] in ends else new
+
+    @cached_property
+    def _end_ids(self) -> set[int]:
+        """The template's end of turn, and whatever else the model's own configuration ends on."""
+        vocabulary = self.chat_format.vocabulary
+        own = self._model.generation_config.eos_token_id
+        ends = {vocabulary.control_tokens[vocabulary.eos_token]}
+        return ends | ({own} if isinstance(own, int) else set(own or ()))
+
+    def text(self, ids: Sequence[int]) -> str:
+        return str(
+            self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        )
+
+    def prompt_seconds(self, ids: Sequence[int]) -> float:
+        prompt = self._tensor(ids)
+        started = time.perf_counter()
+        with self._torch.inference_mode():
+            output = self._model(prompt, use_cache=True, logits_to_keep=1)
+            output.logits.argmax().item()  # waits for a GPU
+        return time.perf_counter() - started
+
+    def decode_seconds(self, ids: Sequence[int]) -> float:
+        parts = [self._tensor([token]) for token in ids]
+        past: Any = None
+        started = time.perf_counter()
+        with self._torch.inference_mode():
+            for part in parts:
+                output = self._model(part, past_key_values=past, use_cache=True)
+                past = output.past_key_values
+            output.logits.argmax().item()
+        return time.perf_counter() - started
+
+    def _tensor(self, ids: Sequence[int]) -> Any:
+        return self._torch.tensor([list(ids)], device=self._device)
+
+    def close(self) -> None:
+        del self._model
+
+    def __enter__(self) -> TransformersEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _gguf_weights(metadata: dict[str, str]) -> str:
+    """The quantization a GGUF says it has, for example ``Q4_K_M``."""
+    import gguf
+
+    try:
+        return (
+            gguf.LlamaFileType(int(metadata["general.file_type"]))
+            .name.removeprefix("MOSTLY_")
+            .removeprefix("ALL_")
+        )
+    except (KeyError, ValueError):
+        return "unknown"
+
+
+def _base_of_adapter(adapter: Path) -> Path:
+    from pipeline.base_model import local_base
+
+    try:
+        base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))[
+            "base_model_name_or_path"
+        ]
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        raise MedcotError(f"{adapter / 'adapter_config.json'} does not name its base model.") from error
+    return local_base(base, None)
+
+
+def _torch_dtype(dtype: Dtype, device: str) -> Any:
+    """``auto`` is 32 bit on a CPU, so that merging loses nothing, and the checkpoint's own type on a GPU."""
+    import torch
+
+    if dtype == "auto":
+        return torch.float32 if device == "cpu" else "auto"
+    return getattr(torch, dtype)
+
+
+def _four_bit(torch: Any) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    compute = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+
+
+def _with_adapter(model: Any, adapter: Path, *, merge: bool) -> Any:
+    from peft import PeftModel
+
+    try:
+        adapted = PeftModel.from_pretrained(model, adapter)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise MedcotError(f"{adapter} does not fit this base model: {str(error).splitlines()[0]}") from error
+    return adapted.merge_and_unload() if merge else adapted
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -1,0 +1,254 @@
+"""Base against tuned on held-out records: perplexity of the reference, and what the model writes itself.
+
+    medcot evaluate tuned.gguf base.gguf --data runs/smollm2-cpu/data/eval.jsonl
+
+Every record's outcome is written as soon as it is known: an interrupted evaluation goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from bench import engines, statistics
+from bench.engines import Engine
+from pipeline.artifacts import Artifact, sha256_file, sha256_json, write_json, write_text
+from pipeline.config import Config
+from pipeline.errors import MedcotError
+from pipeline.prompts import Example
+from pipeline.results import Evaluation, ExportedModels, Measurement, ModelEvaluation, Sample
+from pipeline.thought import parse_output
+
+Role = Literal["tuned", "base"]
+SAMPLES = 3
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    max_new_tokens: int = 1024
+    seed: int = 0
+    engine: engines.Settings = field(default_factory=engines.Settings)
+
+
+class RecordOutcome(Measurement):
+    """One model on one record, a line of ``records-<model>.jsonl``; likelihoods in nats, summed."""
+
+    key: str
+    reasoning_nll: float
+    reasoning_tokens: int
+    answer_nll: float
+    answer_tokens: int
+    output: str
+    well_formed: bool
+    finished: bool
+    new_tokens: int
+
+
+def evaluate(config: Config, inputs: dict[str, Path], out_dir: Path) -> Evaluation:
+    """The stage: the GGUF that ships and the base in the same quantization, on the first held-out records."""
+    exported = Artifact.load(inputs["export"], ExportedModels)
+    models: list[tuple[Path, Role]] = [(exported.path / exported.result.ship, "tuned")]
+    if exported.result.base is not None:
+        models.append((exported.path / exported.result.base, "base"))
+    settings = EvaluationSettings(
+        max_new_tokens=config.evaluation.max_new_tokens,
+        seed=config.seed,
+        engine=engines.Settings(
+            context_tokens=config.model.max_seq_length + config.evaluation.max_new_tokens,
+            system=config.prompt.system,
+        ),
+    )
+    examples = read_examples(inputs["prepare"] / "eval.jsonl", config.evaluation.rows)
+    return evaluate_models(
+        [path for path, _ in models], [role for _, role in models], examples, out_dir, settings
+    )
+
+
+def evaluate_models(
+    paths: Sequence[Path],
+    roles: Sequence[Role],
+    examples: Sequence[Example],
+    out_dir: Path,
+    settings: EvaluationSettings,
+) -> Evaluation:
+    """Evaluate each model on all examples and write ``evaluation.json`` beside the records."""
+    _check_distinct_names(paths)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    outcomes: dict[str, list[RecordOutcome]] = {}
+    models = []
+    with _progress() as progress:
+        for path, role in zip(paths, roles, strict=True):
+            outcomes[path.name] = _evaluate_one(path, examples, out_dir, settings, progress)
+            models.append(summarize(path.name, role, outcomes[path.name], settings.seed))
+    samples = [
+        Sample(
+            question=example.question,
+            reference=example.answer,
+            outputs={name: records[index].output for name, records in outcomes.items()},
+        )
+        for index, example in enumerate(examples[:SAMPLES])
+    ]
+    evaluation = Evaluation(models=models, samples=samples)
+    write_json(out_dir / "evaluation.json", evaluation.model_dump(mode="json"))
+    return evaluation
+
+
+def read_examples(path: Path, limit: int | None = None) -> list[Example]:
+    """Held-out records: one JSON object a line with question, reasoning (or null) and answer."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise MedcotError(
+            f"{path} cannot be read ({error}): name a JSONL file of held-out records."
+        ) from error
+    examples: list[Example] = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip() and (limit is None or len(examples) < limit):
+            examples.append(_example(line, f"{path}:{number}"))
+    if not examples:
+        raise MedcotError(f"{path} holds no records: name a JSONL file of held-out records.")
+    return examples
+
+
+def _example(line: str, where: str) -> Example:
+    try:
+        row = json.loads(line)
+        question, reasoning, answer = row["question"], row.get("reasoning"), row["answer"]
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise MedcotError(
+            f"{where}: expected a JSON object with question, answer and perhaps reasoning."
+        ) from error
+    if not all(isinstance(text, str) and text.strip() for text in (question, answer)) or not (
+        reasoning is None or isinstance(reasoning, str)
+    ):
+        raise MedcotError(
+            f"{where}: question and answer must be text that is not empty, reasoning text or null."
+        )
+    return Example(question, reasoning or None, answer)
+
+
+def _evaluate_one(
+    path: Path, examples: Sequence[Example], out_dir: Path, settings: EvaluationSettings, progress: Progress
+) -> list[RecordOutcome]:
+    keys = _record_keys(path, examples, settings)
+    records_path = out_dir / f"records-{path.name}.jsonl"
+    known = _finished_records(records_path, set(keys))
+    task = progress.add_task(path.name, total=len(keys), completed=sum(key in known for key in keys))
+    if all(key in known for key in keys):
+        return [known[key] for key in keys]
+    with (
+        engines.open_engine(path, settings.engine) as engine,
+        records_path.open("a", encoding="utf-8") as stream,
+    ):
+        for key, example in zip(keys, examples, strict=True):
+            if key in known:
+                continue
+            known[key] = outcome = measure_record(engine, key, example, settings.max_new_tokens)
+            stream.write(outcome.model_dump_json() + "\n")
+            stream.flush()
+            progress.advance(task)
+    return [known[key] for key in keys]
+
+
+def measure_record(engine: Engine, key: str, example: Example, max_new_tokens: int) -> RecordOutcome:
+    """Likelihood of the reference's thought and answer given the prompt, and its own greedy output."""
+    prompt, thought, answer = engine.chat_format.encode_parts(example)
+    log_probabilities = engine.token_log_probabilities([*prompt, *thought, *answer])
+    # Value i belongs to id i + 1.
+    of_thought = log_probabilities[len(prompt) - 1 : len(prompt) - 1 + len(thought)]
+    of_answer = log_probabilities[len(prompt) - 1 + len(thought) :]
+    new = engine.generate(engine.chat_format.question_ids(example.question), max_new_tokens)
+    output = engine.text(new)
+    return RecordOutcome(
+        key=key,
+        reasoning_nll=float(-of_thought.sum()),
+        reasoning_tokens=len(thought),
+        answer_nll=float(-of_answer.sum()),
+        answer_tokens=len(answer),
+        output=output,
+        well_formed=parse_output(output, engine.chat_format.opens_thought).well_formed,
+        finished=len(new) < max_new_tokens,
+        new_tokens=len(new),
+    )
+
+
+def summarize(model: str, role: Role, records: Sequence[RecordOutcome], seed: int) -> ModelEvaluation:
+    with_thought = [record for record in records if record.reasoning_tokens]
+    n = len(records)
+    return ModelEvaluation(
+        model=model,
+        role=role,
+        answer_perplexity=statistics.perplexity(
+            [record.answer_nll for record in records], [record.answer_tokens for record in records], seed
+        ),
+        reasoning_perplexity=statistics.perplexity(
+            [record.reasoning_nll for record in with_thought],
+            [record.reasoning_tokens for record in with_thought],
+            seed,
+        )
+        if with_thought
+        else None,
+        well_formed=statistics.wilson(sum(record.well_formed for record in records), n),
+        finished=statistics.wilson(sum(record.finished for record in records), n),
+        mean_new_tokens=sum(record.new_tokens for record in records) / n,
+    )
+
+
+def _record_keys(path: Path, examples: Sequence[Example], settings: EvaluationSettings) -> list[str]:
+    """Hashes of all that an outcome depends on, the record's place included: no stale line is taken up."""
+    model = sha256_file(path) if path.is_file() else str(path.resolve())
+    shared = [model, settings.max_new_tokens, settings.engine.system, settings.engine.context_tokens]
+    return [
+        sha256_json([shared, index, example.question, example.reasoning, example.answer])[:24]
+        for index, example in enumerate(examples)
+    ]
+
+
+def _finished_records(path: Path, keys: set[str]) -> dict[str, RecordOutcome]:
+    """Outcomes of an interrupted evaluation; half-written lines and those of another one are removed."""
+    records: dict[str, RecordOutcome] = {}
+    if not path.is_file():
+        return records
+    for line in path.read_bytes().splitlines():
+        try:
+            record = RecordOutcome.model_validate_json(line)
+        except ValidationError:
+            continue
+        if record.key in keys:
+            records[record.key] = record
+    write_text(path, "".join(record.model_dump_json() + "\n" for record in records.values()))
+    return records
+
+
+def _check_distinct_names(paths: Sequence[Path]) -> None:
+    names = [path.name for path in paths]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise MedcotError(
+            f"Two models are called {twice[0]}: rename one, since results go by the file's name."
+        )
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("evaluate {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )

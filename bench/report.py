@@ -1,0 +1,544 @@
+"""From the stages' measurements to one HTML and one Markdown file. No stage imports this module.
+
+Only manifests are read (``pipeline/results.py`` says what is in them). Both files render one ``Page``, so
+they cannot say different things; a stage without a finished artifact is named as such.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+from pydantic import BaseModel
+
+from bench.charts import describe_loss, loss_curve
+from bench.statistics import percentile
+from pipeline.artifacts import Artifact, write_text
+from pipeline.config import Config
+from pipeline.errors import MedcotError
+from pipeline.results import (
+    Benchmark,
+    Estimate,
+    Evaluation,
+    ExportedFile,
+    ExportedModels,
+    ModelEvaluation,
+    PreparedData,
+    Report,
+    Sample,
+    Speed,
+    TrainedAdapter,
+    Verification,
+)
+
+STAGES: dict[str, type[BaseModel]] = {
+    "prepare": PreparedData,
+    "train": TrainedAdapter,
+    "export": ExportedModels,
+    "verify": Verification,
+    "evaluate": Evaluation,
+    "bench": Benchmark,
+}
+TEMPLATES = Path(__file__).resolve().parent / "templates"
+Tone = Literal["good", "bad", "neutral"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One sentence of the decision and how it is meant."""
+
+    text: str
+    tone: Tone = "neutral"
+
+
+@dataclass(frozen=True)
+class Table:
+    """``align`` has a letter a column, l or r; every row has as many cells as ``header``."""
+
+    header: tuple[str, ...]
+    align: str
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    text: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
+    chart: str | None = None
+    chart_text: str = ""
+    samples: tuple[Sample, ...] = ()
+    code: str | None = None
+
+
+@dataclass(frozen=True)
+class Page:
+    name: str
+    decision: tuple[Line, ...]
+    disclaimer: str
+    sections: tuple[Section, ...]
+
+
+class Run:
+    """A run's finished artifacts by stage; ``missing`` gives a sentence for each stage that has none."""
+
+    def __init__(self, inputs: dict[str, Path]) -> None:
+        self.artifacts: dict[str, Artifact[Any]] = {}
+        self.missing: dict[str, str] = {}
+        for stage, result_type in STAGES.items():
+            if stage not in inputs:
+                self.missing[stage] = "not part of this run"
+                continue
+            try:
+                self.artifacts[stage] = Artifact.load(inputs[stage], result_type)
+            except MedcotError as error:
+                exists = inputs[stage].is_dir() and any(inputs[stage].iterdir())
+                self.missing[stage] = f"unfinished or failed: {error}" if exists else "not done yet"
+        self.prepared: PreparedData | None = self._result("prepare")
+        self.trained: TrainedAdapter | None = self._result("train")
+        self.exported: ExportedModels | None = self._result("export")
+        self.verified: Verification | None = self._result("verify")
+        self.evaluated: Evaluation | None = self._result("evaluate")
+        self.benchmarked: Benchmark | None = self._result("bench")
+
+    def _result(self, stage: str) -> Any:
+        artifact = self.artifacts.get(stage)
+        return None if artifact is None else artifact.result
+
+
+def report(config: Config, inputs: dict[str, Path], out_dir: Path) -> Report:
+    """The stage: ``report.html`` (self-contained, works offline) and ``report.md``."""
+    page = build_page(config, Run(inputs))
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for name in ("report.html", "report.md"):
+        write_text(out_dir / name, render(page, f"{name}.j2"))
+    return Report(files=["report.html", "report.md"])
+
+
+def render(page: Page, template: str) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=template.endswith(".html.j2"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    environment.filters["cell"] = _markdown_cell
+    environment.filters["fenced"] = _fenced
+    return environment.get_template(template).render(page=page)
+
+
+def build_page(config: Config, run: Run) -> Page:
+    sections = [
+        _files_section(run.exported),
+        _evaluation_section(run.evaluated),
+        _verification_section(run.verified),
+        _speed_section(run.benchmarked),
+        _training_section(run.trained),
+        _data_section(run.prepared),
+        _samples_section(run.evaluated),
+        _stages_section(run),
+        Section("Configuration", code=config.to_yaml()),
+        _provenance_section(run),
+    ]
+    return Page(
+        name=config.name,
+        decision=tuple(decide(run)),
+        disclaimer=_disclaimer(config),
+        sections=tuple(section for section in sections if section is not None),
+    )
+
+
+def decide(run: Run) -> list[Line]:
+    """What the reader came for: which file to use, whether it is what was trained, whether tuning helped."""
+    return [_which_file(run), _is_verified(run), *_tuned_against_base(run.evaluated)]
+
+
+def _which_file(run: Run) -> Line:
+    if run.exported is None:
+        return Line("There is no GGUF yet: the export stage has not finished.", "bad")
+    shipped = next(file for file in run.exported.files if file.name == run.exported.ship)
+    size = (
+        f"{shipped.quantization}, {_bytes(shipped.size_bytes)}, {shipped.bits_per_weight:.2f} bits per weight"
+    )
+    if run.verified is not None and not run.verified.passed:
+        return Line(
+            f"Do not use {shipped.name} ({size}) before the failed checks below are understood.", "bad"
+        )
+    return Line(f"Use {shipped.name} ({size}).", "good")
+
+
+def _is_verified(run: Run) -> Line:
+    if run.verified is None:
+        return Line("Not verified: nothing shows yet that the GGUF says what the trained model says.", "bad")
+    failed = [check.name for check in run.verified.checks if not check.passed]
+    if failed or not run.verified.passed:
+        return Line(f"Verification failed: {', '.join(failed) or 'see below'}.", "bad")
+    return Line(
+        f"Verified: all {len(run.verified.checks)} checks passed; the most likely next token agrees with the "
+        f"trained model at {_percent(run.verified.top1_agreement)} of {run.verified.positions:,} positions.",
+        "good",
+    )
+
+
+def _tuned_against_base(evaluation: Evaluation | None) -> list[Line]:
+    if evaluation is None:
+        return [Line("Not evaluated: whether the tuned model beats its base is not known.", "bad")]
+    tuned, base = _by_role(evaluation)
+    if tuned is None or base is None:
+        return [Line("Only one model was evaluated, so there is no comparison of tuned and base.")]
+    lines = []
+    for metric in _metrics(tuned, base):
+        if metric.decisive:
+            verdict, tone = metric.verdict
+            numbers = f"{metric.show(metric.tuned)} against {metric.show(metric.base)}"
+            lines.append(Line(f"{metric.name}: {verdict}, {numbers}.", tone))
+    return lines
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One measure of both models; ``decisive`` ones are part of the decision."""
+
+    name: str
+    tuned: Estimate
+    base: Estimate
+    higher_is_better: bool
+    is_rate: bool
+    decisive: bool = False
+
+    @property
+    def verdict(self) -> tuple[str, Tone]:
+        """Better or worse only where the 95 % intervals are apart, which is stricter than a paired test."""
+        above, below = self.tuned.low > self.base.high, self.tuned.high < self.base.low
+        if not above and not below:
+            return "no difference shown", "neutral"
+        return ("tuned is better", "good") if above == self.higher_is_better else ("tuned is worse", "bad")
+
+    def show(self, estimate: Estimate) -> str:
+        if self.is_rate:
+            return f"{_percent(estimate.value)} ({_percent(estimate.low)} to {_percent(estimate.high)})"
+        return f"{estimate.value:.2f} ({estimate.low:.2f} to {estimate.high:.2f})"
+
+
+def _metrics(tuned: ModelEvaluation, base: ModelEvaluation) -> list[Metric]:
+    metrics = [
+        Metric(
+            "Perplexity of the reference answer",
+            tuned.answer_perplexity,
+            base.answer_perplexity,
+            False,
+            False,
+            True,
+        )
+    ]
+    if tuned.reasoning_perplexity is not None and base.reasoning_perplexity is not None:
+        metrics += [
+            Metric(
+                "Perplexity of the reference reasoning",
+                tuned.reasoning_perplexity,
+                base.reasoning_perplexity,
+                False,
+                False,
+            ),
+            Metric(
+                "One closed thought, then an answer", tuned.well_formed, base.well_formed, True, True, True
+            ),
+        ]
+    return [*metrics, Metric("Ended its turn itself", tuned.finished, base.finished, True, True)]
+
+
+def _by_role(evaluation: Evaluation) -> tuple[ModelEvaluation | None, ModelEvaluation | None]:
+    first = {model.role: model for model in reversed(evaluation.models)}
+    return first.get("tuned"), first.get("base")
+
+
+def _files_section(exported: ExportedModels | None) -> Section | None:
+    if exported is None:
+        return None
+
+    def row(file: ExportedFile) -> tuple[str, ...]:
+        types = ", ".join(f"{count} {name}" for name, count in sorted(file.tensor_types.items()))
+        purpose = "ship" if file.name == exported.ship else "base, to compare" if file.role == "base" else ""
+        return (
+            file.name,
+            purpose,
+            file.quantization,
+            _bytes(file.size_bytes),
+            f"{file.bits_per_weight:.2f}",
+            types,
+        )
+
+    return Section(
+        "What was made",
+        (
+            f"A {exported.architecture} model of {exported.parameters:,} parameters; the adapter changed "
+            f"{exported.adapter_matrices_merged} of its matrices.",
+        ),
+        (
+            Table(
+                ("File", "Purpose", "Type", "Size", "Bits per weight", "Tensors"),
+                "lllrrl",
+                tuple(map(row, exported.files)),
+            ),
+        ),
+    )
+
+
+def _evaluation_section(evaluation: Evaluation | None) -> Section | None:
+    if evaluation is None:
+        return None
+    tuned, base = _by_role(evaluation)
+    if tuned is None or base is None:
+        return _single_evaluations(evaluation)
+    rows = tuple(
+        (
+            metric.name,
+            metric.show(metric.base),
+            metric.show(metric.tuned),
+            metric.verdict[0],
+            str(metric.tuned.n),
+        )
+        for metric in _metrics(tuned, base)
+    )
+    length = ("New tokens, mean", f"{base.mean_new_tokens:.0f}", f"{tuned.mean_new_tokens:.0f}", "", "")
+    return Section(
+        "Base against tuned",
+        (f"Base is {base.model}, tuned is {tuned.model}; held-out records, greedy decoding.",),
+        (
+            Table(
+                ("Measure", "Base", "Tuned", "Verdict", "Records"),
+                "lrrlr",
+                (*rows, length),
+                "In brackets the 95 % interval: bootstrap over records for perplexities, Wilson for rates. "
+                "A verdict other than 'no difference shown' needs intervals that do not overlap. "
+                "Lower perplexity is better.",
+            ),
+        ),
+    )
+
+
+def _single_evaluations(evaluation: Evaluation) -> Section:
+    metrics = [(model.model, _metrics(model, model)) for model in evaluation.models]
+    rows = tuple(
+        (name, metric.name, metric.show(metric.tuned), str(metric.tuned.n))
+        for name, list_ in metrics
+        for metric in list_
+    )
+    note = "In brackets the 95 % interval."
+    return Section(
+        "Evaluation", tables=(Table(("Model", "Measure", "Value", "Records"), "llrr", rows, note),)
+    )
+
+
+def _verification_section(verification: Verification | None) -> Section | None:
+    if verification is None:
+        return None
+    rows = tuple(
+        (check.name, "passed" if check.passed else "FAILED", check.detail) for check in verification.checks
+    )
+    return Section("Verification", tables=(Table(("Check", "Result", "What was found"), "lll", rows),))
+
+
+def _speed_section(benchmark: Benchmark | None) -> Section | None:
+    if benchmark is None:
+        return None
+
+    def row(speed: Speed) -> tuple[str, ...]:
+        return (
+            speed.model,
+            f"{speed.engine}, {speed.weights}",
+            "" if speed.file_bytes is None else _bytes(speed.file_bytes),
+            _bytes(speed.peak_memory_bytes),
+            f"{speed.load_seconds:.2f}",
+            _spread(speed.prompt_tokens_per_second, 0),
+            _spread(speed.generated_tokens_per_second, 1),
+            _spread(speed.time_to_first_token_seconds, 2),
+        )
+
+    first = benchmark.models[0] if benchmark.models else None
+    note = "Median of the repeats, in brackets the smallest and the largest. "
+    if first is not None:
+        note += (
+            f"Prompt: {first.prompt_tokens} tokens at once. Generation: {first.generated_tokens} tokens one "
+            "by one, sampling excluded. First token: a question of ordinary length, nothing cached. Loading "
+            f"excludes importing the library. {len(first.prompt_tokens_per_second)} repeats after a warm-up, "
+            "each model in a process of its own."
+        )
+    header = (
+        "Model", "Engine", "File", "Peak memory", "Load, s", "Prompt, tokens/s", "Generation, tokens/s",
+        "First token, s",
+    )  # fmt: skip
+    return Section(
+        "Speed and memory",
+        (f"{benchmark.machine}; {benchmark.threads} threads.",),
+        (Table(header, "llrrrrrr", tuple(map(row, benchmark.models)), note),),
+    )
+
+
+def _training_section(trained: TrainedAdapter | None) -> Section | None:
+    if trained is None:
+        return None
+    change = 1 - trained.eval_loss_after / trained.eval_loss_before if trained.eval_loss_before else 0.0
+    share = trained.trainable_parameters / trained.total_parameters
+    rows: tuple[tuple[str, ...], ...] = (
+        ("Base", trained.base),
+        ("Device", f"{trained.device}, {trained.dtype}{', base in 4 bit' if trained.load_in_4bit else ''}"),
+        (
+            "Trained",
+            f"{trained.trainable_parameters:,} of {trained.total_parameters:,} parameters ({share:.2%})",
+        ),
+        (
+            "Steps",
+            f"{trained.steps} in {_duration(trained.train_seconds)}, "
+            f"{trained.tokens_per_second:.0f} tokens/s",
+        ),
+        (
+            "Held-out loss",
+            f"{trained.eval_loss_before:.3f} before, {trained.eval_loss_after:.3f} after "
+            f"({abs(change):.0%} {'lower' if change >= 0 else 'higher'})",
+        ),
+    )
+    if trained.resumed_from_step is not None:
+        rows = (*rows, ("Resumed", f"from step {trained.resumed_from_step}"))
+    return Section(
+        "Training",
+        tables=(Table(("", ""), "ll", rows),),
+        chart=loss_curve(trained),
+        chart_text=describe_loss(trained),
+    )
+
+
+def _data_section(data: PreparedData | None) -> Section | None:
+    if data is None:
+        return None
+    counts = (
+        ("read", f"{data.read:,}"),
+        ("for training", f"{data.train_rows:,}"),
+        ("held out", f"{data.eval_rows:,}"),
+        ("not used", f"{data.unused_rows:,}"),
+        ("rejected", f"{data.rejected:,}"),
+        *((f"rejected: {reason}", f"{count:,}") for reason, count in sorted(data.reject_reasons.items())),
+        ("with reasoning", f"{data.with_reasoning:,}"),
+        ("with options", f"{data.with_options:,}"),
+    )
+    lengths = [(f"{part}, words", distribution) for part, distribution in data.words.items()]
+    rows = tuple(
+        (name, *(f"{value:,.0f}" for value in (d.minimum, d.median, d.p95, d.maximum)))
+        for name, d in [*lengths, ("whole example, tokens", data.tokens)]
+    )
+    return Section(
+        "Data",
+        (f"Source: {data.source}.",),
+        (
+            Table(("Records", "Number"), "lr", counts),
+            Table(("Length", "Minimum", "Median", "95 %", "Maximum"), "lrrrr", rows),
+        ),
+    )
+
+
+def _samples_section(evaluation: Evaluation | None) -> Section | None:
+    if evaluation is None or not evaluation.samples:
+        return None
+    return Section(
+        "Samples",
+        ("Held-out questions with the models' whole outputs, greedy decoding, as they were written.",),
+        samples=tuple(evaluation.samples),
+    )
+
+
+def _stages_section(run: Run) -> Section:
+    def row(stage: str) -> tuple[str, ...]:
+        artifact = run.artifacts.get(stage)
+        if artifact is None:
+            return (stage, run.missing[stage], "", "", "")
+        manifest = artifact.manifest
+        size = sum(record.size for record in manifest.files)
+        return (
+            stage,
+            "done",
+            _duration(manifest.seconds),
+            _bytes(manifest.peak_memory_bytes),
+            f"{len(manifest.files)} files, {_bytes(size)}",
+        )
+
+    header = ("Stage", "State", "Time", "Peak memory", "Artifact")
+    return Section("Stages", tables=(Table(header, "llrrl", tuple(row(stage) for stage in STAGES)),))
+
+
+def _provenance_section(run: Run) -> Section | None:
+    if not run.artifacts:
+        return None
+    versions = {
+        (name, version)
+        for artifact in run.artifacts.values()
+        for name, version in artifact.manifest.versions.items()
+        if version != "absent"
+    }
+    hashes = tuple(
+        (stage, record.path, record.sha256)
+        for stage, artifact in run.artifacts.items()
+        for record in artifact.manifest.files
+    )
+    return Section(
+        "Versions and hashes",
+        tables=(
+            Table(("Package", "Version"), "ll", tuple(sorted(versions))),
+            Table(("Stage", "File", "SHA-256"), "lll", hashes),
+        ),
+    )
+
+
+def _disclaimer(config: Config) -> str:
+    text = "A research tool, not medical advice: nothing here may guide the care of a patient."
+    if config.data.source == "sample":
+        text += " The cases are synthetic and no clinician has reviewed them."
+    return text
+
+
+def _bytes(count: int) -> str:
+    """Decimal units, as disks and downloads are counted."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            value = count / size
+            return f"{value:.2f} {unit}" if value < 10 else f"{value:,.0f} {unit}"
+    return f"{count} bytes"
+
+
+def _percent(share: float) -> str:
+    """Whole percent, except close to the ends, where rounding would claim all or nothing."""
+    text = f"{100 * share:.0f} %"
+    return f"{100 * share:.1f} %" if text in ("0 %", "100 %") and share not in (0.0, 1.0) else text
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _spread(values: list[float], digits: int) -> str:
+    if not values:
+        return ""
+    median = percentile(values, 0.5)
+    return f"{median:,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
+
+
+def _markdown_cell(text: str) -> str:
+    """Text inside a Markdown table or sentence: no cell border, no line break, no markup of its own."""
+    for character in "\\`*_<>[]|":
+        text = text.replace(character, f"\\{character}")
+    return " ".join(text.split())
+
+
+def _fenced(text: str) -> str:
+    """Text as a Markdown code block whose fence is longer than any run of backticks inside."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}text\n{text}\n{fence}"

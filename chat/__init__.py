@@ -1,0 +1,1 @@
+"""Talking to a GGUF on a laptop: no PyTorch, no network."""

@@ -1,0 +1,1 @@
+"""From base weights and a LoRA adapter to verified GGUF files."""

@@ -1,0 +1,199 @@
+"""One loaded GGUF: its chat format, its logits, its tokens. The only importer of llama_cpp's inference.
+
+libllama aborts the whole process on some broken files, so whatever loads a GGUF that has not been proven does it
+in a child process (``export/verify.py``, ``chat/proof.py``).
+"""
+
+from __future__ import annotations
+
+import codecs
+import ctypes
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import MedcotError
+from pipeline.prompts import ChatFormat
+from pipeline.vocabulary import LlamaCppVocabulary
+
+GGUF_MAGIC = b"GGUF"
+
+
+class GgufModel:
+    """A GGUF under llama.cpp. ``n_ctx`` 0 takes the model's own context length (tokens)."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        n_ctx: int = 2048,
+        n_threads: int | None = None,
+        n_gpu_layers: int = 0,
+        n_batch: int = 512,
+        system: str | None = None,
+    ) -> None:
+        check_is_gguf(path)
+        self.path = path
+        self.system = system
+        try:
+            self._llama = llama_cpp.Llama(
+                str(path),
+                n_ctx=n_ctx,
+                n_batch=n_batch,
+                n_threads=n_threads,
+                n_threads_batch=n_threads,
+                n_gpu_layers=n_gpu_layers,
+                verbose=False,
+            )
+        except (ValueError, RuntimeError) as error:
+            raise MedcotError(
+                f"{path} cannot be loaded by llama.cpp ({error}): it is truncated, damaged, or of an "
+                "architecture this llama-cpp-python does not know. Download or export it again."
+            ) from error
+
+    def close(self) -> None:
+        self._llama.close()
+
+    def __enter__(self) -> GgufModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def n_ctx(self) -> int:
+        return int(self._llama.n_ctx())
+
+    @property
+    def n_vocab(self) -> int:
+        return int(self._llama.n_vocab())
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return dict(self._llama.metadata)
+
+    @cached_property
+    def vocabulary(self) -> LlamaCppVocabulary:
+        return LlamaCppVocabulary(self._llama)
+
+    @cached_property
+    def chat_format(self) -> ChatFormat:
+        template = self.metadata.get("tokenizer.chat_template")
+        if not template:
+            raise MedcotError(f"{self.path} holds no chat template: it is not a chat model, or export it again.")
+        return ChatFormat(template, self.vocabulary, self.system)
+
+    def is_end_of_generation(self, token: int) -> bool:
+        vocab = llama_cpp.llama_model_get_vocab(self._llama.model)
+        return bool(llama_cpp.llama_vocab_is_eog(vocab, token))
+
+    def tokenize_like_llama_cpp(self, text: str) -> list[int]:
+        """The whole text as llama.cpp's own tools tokenize it: control tokens recognised, BOS not added."""
+        return list(self._llama.tokenize(text.encode(), add_bos=False, special=True))
+
+    def logits(self, ids: Sequence[int], chunk: int = 64) -> Iterator[npt.NDArray[np.float32]]:
+        """Next-token logits at every position of ``ids``, as consecutive blocks [<= chunk, n_vocab].
+
+        Only one block is held at a time; it is valid until the next one is asked for.
+        """
+        if len(ids) > self.n_ctx:
+            raise MedcotError(f"{len(ids)} tokens do not fit the context of {self.n_ctx} that {self.path} was opened with.")
+        self._llama.reset()
+        context = self._llama.ctx
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        batch = llama_cpp.llama_batch_init(chunk, 0, 1)
+        try:
+            for start in range(0, len(ids), chunk):
+                block = ids[start : start + chunk]
+                batch.n_tokens = len(block)
+                for index, token in enumerate(block):
+                    batch.token[index] = token
+                    batch.pos[index] = start + index
+                    batch.n_seq_id[index] = 1
+                    batch.seq_id[index][0] = 0
+                    batch.logits[index] = 1
+                if llama_cpp.llama_decode(context, batch) != 0:
+                    raise MedcotError(f"llama.cpp could not evaluate tokens {start}.. of {self.path}.")
+                pointer = llama_cpp.llama_get_logits(context)
+                address = ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float * (len(block) * self.n_vocab)))
+                yield np.frombuffer(address.contents, dtype=np.float32).reshape(len(block), self.n_vocab)
+        finally:
+            llama_cpp.llama_batch_free(batch)
+            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+
+    def generate(
+        self,
+        ids: Sequence[int],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Iterator[int]:
+        """Yield new token ids until the end of turn (which is not yielded), the limit or the context's end.
+
+        ``temperature`` 0 is greedy. The common prefix with the previous call's tokens is not evaluated again.
+        """
+        room = self.n_ctx - len(ids)
+        if room <= 0:
+            raise MedcotError(
+                f"The prompt has {len(ids)} tokens and the context {self.n_ctx}: shorten it or open a larger context."
+            )
+        self._llama.set_seed(seed)
+        stream = self._llama.generate(
+            list(ids),
+            top_k=0 if temperature > 0 else 1,
+            top_p=top_p,
+            min_p=0.0,
+            temp=temperature,
+            repeat_penalty=1.0,
+        )
+        for count, token in enumerate(stream, start=1):
+            if self.is_end_of_generation(token):
+                return
+            yield int(token)
+            if count >= min(max_new_tokens, room):
+                return
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Ids as text, control tokens spelled out."""
+        return self._bytes(ids).decode("utf-8", errors="replace")
+
+    def stream_text(self, ids: Iterator[int]) -> Iterator[str]:
+        """Ids as pieces of text; a character whose bytes span tokens is held until it is whole."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token in ids:
+            piece = decoder.decode(self._bytes([token]))
+            if piece:
+                yield piece
+        last = decoder.decode(b"", final=True)
+        if last:
+            yield last
+
+    def _bytes(self, ids: Sequence[int]) -> bytes:
+        vocab = llama_cpp.llama_model_get_vocab(self._llama.model)
+        pieces = []
+        buffer = ctypes.create_string_buffer(512)
+        for token in ids:
+            length = llama_cpp.llama_token_to_piece(vocab, token, buffer, len(buffer), 0, True)
+            pieces.append(buffer.raw[: max(length, 0)])
+        return b"".join(pieces)
+
+
+def check_is_gguf(path: Path) -> None:
+    """Raise MedcotError unless ``path`` is a file that begins as a GGUF does."""
+    if path.is_dir():
+        raise MedcotError(f"{path} is a folder: name the GGUF file inside it.")
+    try:
+        with path.open("rb") as stream:
+            magic = stream.read(4)
+    except FileNotFoundError as error:
+        raise MedcotError(f"{path} does not exist: name a GGUF file, for example runs/smollm2-cpu/gguf/*.gguf.") from error
+    except OSError as error:
+        raise MedcotError(f"{path} cannot be read: {error.strerror}.") from error
+    if magic != GGUF_MAGIC:
+        raise MedcotError(f"{path} is not a GGUF (it begins with {magic!r}): name the file that medcot export wrote.")

@@ -1,0 +1,322 @@
+"""A Hugging Face tokenizer as GGUF metadata: tokens, their types, merges or scores, special ids, chat template.
+
+Two kinds exist: byte-level BPE (``tokenizer.ggml.model`` = gpt2: SmolLM2, Llama 3, R1-Distill) and SentencePiece
+(= llama: Llama 2, TinyLlama). What is written equals what llama.cpp's converter writes (``conversion/base.py``),
+but is read from the tokenizer's own description instead of guessed from hashes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+from gguf import TokenType
+
+from export.weights import read_json
+from pipeline.errors import MedcotError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+_SPACE = "\u2581"  # SentencePiece's mark for a space
+_SPECIAL_ROLES = ("bos", "eos", "unk", "pad")
+_ADDED_SCORE = -1000.0
+_PADDING_SCORE = -10000.0
+
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+# How a byte-level tokenizer cuts text into words -> the name llama.cpp knows that rule by.
+_PRE_TOKENIZERS = {
+    ("Digits", "ByteLevel"): "smollm",
+    (f"Split {_LLAMA3_SPLIT}", "ByteLevel without words"): "llama-bpe",
+    (f"Split {_QWEN2_SPLIT}", "ByteLevel without words"): "qwen2",
+    ("ByteLevel",): "gpt-2",
+}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Everything ``tokenizer.*`` that a GGUF holds; scores belong to SentencePiece, merges and pre to BPE."""
+
+    model: str
+    pre: str
+    tokens: list[str]
+    types: list[TokenType]
+    scores: list[float] | None
+    merges: list[str] | None
+    special_ids: dict[str, int]
+    add_bos: bool
+    add_eos: bool
+    add_space_prefix: bool
+    chat_template: str
+
+    def add_metadata(self, writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model(self.model)
+        writer.add_tokenizer_pre(self.pre)
+        writer.add_token_list([token.encode() for token in self.tokens])
+        if self.scores is not None:
+            writer.add_token_scores(self.scores)
+        writer.add_token_types(self.types)
+        if self.merges is not None:
+            writer.add_token_merges(self.merges)
+        for role, add in (
+            ("bos", writer.add_bos_token_id),
+            ("eos", writer.add_eos_token_id),
+            ("unk", writer.add_unk_token_id),
+            ("pad", writer.add_pad_token_id),
+        ):
+            if role in self.special_ids:
+                add(self.special_ids[role])
+        writer.add_add_bos_token(self.add_bos)
+        writer.add_add_eos_token(self.add_eos)
+        writer.add_add_space_prefix(self.add_space_prefix)
+        writer.add_chat_template(self.chat_template)
+
+
+def read_vocabulary(folder: Path, size: int) -> Vocabulary:
+    """The tokenizer in ``folder``, padded with unused tokens to the model's ``size``.
+
+    Raises MedcotError for a tokenizer llama.cpp could not follow, or one without eos or chat template.
+    """
+    config = _optional_json(folder / "tokenizer_config.json")
+    description = _optional_json(folder / "tokenizer.json")
+    if (folder / "tokenizer.model").is_file():
+        return _sentencepiece(folder, config, description, _pieces_of_model(folder), size)
+    if not description:
+        raise MedcotError(f"{folder} holds no {' or '.join(TOKENIZER_FILES)}: the tokenizer is missing.")
+    if description.get("model", {}).get("type") != "BPE":
+        kind = description.get("model", {}).get("type")
+        raise MedcotError(
+            f"{folder / 'tokenizer.json'} is a {kind} tokenizer; export writes BPE and SentencePiece."
+        )
+    if description["model"].get("byte_fallback"):
+        return _sentencepiece(folder, config, description, _pieces_of_description(description), size)
+    return _byte_level_bpe(folder, config, description, size)
+
+
+def _byte_level_bpe(
+    folder: Path, config: Mapping[str, Any], description: Mapping[str, Any], size: int
+) -> Vocabulary:
+    pre = _pre_tokenizer_name(folder, description)
+    texts: dict[int, str] = {index: text for text, index in description["model"]["vocab"].items()}
+    types = dict.fromkeys(texts, TokenType.NORMAL)
+    for token in description.get("added_tokens", []):
+        texts[token["id"]] = token["content"]
+        types[token["id"]] = _added_type(token)
+    tokens, token_types = _padded(folder, texts, types, size)
+    special = _special_ids(folder, config, {text: index for index, text in texts.items()})
+    add_bos, add_eos = _added_by_template(description, config, special, texts)
+    return Vocabulary(
+        model="gpt2",
+        pre=pre,
+        tokens=tokens,
+        types=token_types,
+        scores=None,
+        merges=[_merge_text(merge) for merge in description["model"]["merges"]],
+        special_ids=special,
+        add_bos=add_bos,
+        add_eos=add_eos,
+        add_space_prefix=False,
+        chat_template=_chat_template(folder, config),
+    )
+
+
+Pieces = dict[int, tuple[str, float, TokenType]]
+
+
+def _sentencepiece(
+    folder: Path, config: Mapping[str, Any], description: Mapping[str, Any], pieces: Pieces, size: int
+) -> Vocabulary:
+    added = {int(index): token for index, token in (config.get("added_tokens_decoder") or {}).items()}
+    added |= {token["id"]: token for token in description.get("added_tokens", [])}
+    for index, token in added.items():
+        known = pieces.get(index)
+        if known is None or known[2] is not TokenType.UNKNOWN:
+            pieces[index] = (token["content"], _ADDED_SCORE, _added_type(token))
+    texts = {index: text for index, (text, _, _) in pieces.items()}
+    tokens, types = _padded(folder, texts, {index: kind for index, (_, _, kind) in pieces.items()}, size)
+    special = _special_ids(folder, config, {text: index for index, text in texts.items()})
+    add_bos, add_eos = _added_by_template(description, {"add_bos_token": True, **config}, special, texts)
+    return Vocabulary(
+        model="llama",
+        pre="default",
+        tokens=tokens,
+        types=types,
+        scores=[pieces[index][1] if index in pieces else _PADDING_SCORE for index in range(size)],
+        merges=None,
+        special_ids=special,
+        add_bos=add_bos,
+        add_eos=add_eos,
+        add_space_prefix=bool(config.get("add_prefix_space", True)),
+        chat_template=_chat_template(folder, config),
+    )
+
+
+def _pieces_of_model(folder: Path) -> Pieces:
+    """Text, score and type of each piece of a SentencePiece model file."""
+    from sentencepiece import SentencePieceProcessor
+
+    path = folder / "tokenizer.model"
+    try:
+        model = SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise MedcotError(f"{path} is not a SentencePiece model ({error}): download it again.") from error
+
+    def kind(index: int) -> TokenType:
+        if model.IsUnknown(index):
+            return TokenType.UNKNOWN
+        if model.IsControl(index):
+            return TokenType.CONTROL
+        if model.IsUnused(index):
+            return TokenType.UNUSED
+        return TokenType.BYTE if model.IsByte(index) else TokenType.NORMAL
+
+    return {
+        index: (model.IdToPiece(index), model.GetScore(index), kind(index))
+        for index in range(model.GetPieceSize())
+    }
+
+
+def _pieces_of_description(description: Mapping[str, Any]) -> Pieces:
+    """The pieces of a SentencePiece vocabulary that was saved as tokenizer.json, where its scores are lost.
+
+    llama.cpp merges the pair with the highest score first, transformers the pair whose merge comes first, so a
+    piece's score is minus the place of the first merge that makes it.
+    """
+    model = description["model"]
+    places: dict[str, int] = {}
+    for place, merge in enumerate(model["merges"]):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        places.setdefault(left + right, place)
+    unknown = model.get("unk_token")
+
+    def kind(text: str) -> TokenType:
+        if text == unknown:
+            return TokenType.UNKNOWN
+        return TokenType.BYTE if _is_byte_piece(text) else TokenType.NORMAL
+
+    unmergeable = float(-len(model["merges"]) - 1)
+    return {
+        index: (text, float(-places[text]) if text in places else unmergeable, kind(text))
+        for text, index in model["vocab"].items()
+    }
+
+
+def _is_byte_piece(text: str) -> bool:
+    return len(text) == 6 and text.startswith("<0x") and text.endswith(">")
+
+
+def _pre_tokenizer_name(folder: Path, description: Mapping[str, Any]) -> str:
+    outline = _pre_tokenizer_outline(description.get("pre_tokenizer") or {})
+    name = _PRE_TOKENIZERS.get(outline)
+    normalizer = (description.get("normalizer") or {}).get("type")
+    if name is None or (normalizer and (name, normalizer) != ("qwen2", "NFC")):
+        raise MedcotError(
+            f"{folder / 'tokenizer.json'} splits text in a way export does not know ({' + '.join(outline) or 'none'}"
+            f"{f', normalizer {normalizer}' if normalizer else ''}); it knows {', '.join(_PRE_TOKENIZERS.values())}."
+        )
+    return name
+
+
+def _pre_tokenizer_outline(step: Mapping[str, Any]) -> tuple[str, ...]:
+    """The steps that decide where text is cut, each in words; unknown settings show up in the words."""
+    kind = step.get("type")
+    if kind == "Sequence":
+        return tuple(part for inner in step["pretokenizers"] for part in _pre_tokenizer_outline(inner))
+    if kind == "ByteLevel":
+        words = "" if step.get("use_regex", True) else " without words"
+        return (f"ByteLevel{words}{' with prefix space' if step.get('add_prefix_space') else ''}",)
+    if kind == "Digits":
+        return ("Digits" if step.get("individual_digits") else "Digits in groups",)
+    if kind == "Split":
+        plain = step.get("behavior") == "Isolated" and not step.get("invert")
+        return (f"Split {step['pattern'].get('Regex')}" if plain else "Split otherwise",)
+    return (str(kind),) if kind else ()
+
+
+def _added_type(token: Mapping[str, Any]) -> TokenType:
+    """llama.cpp's rule: an added token is a control token when marked special or written like one."""
+    text = token["content"]
+    looks_special = (text[:2], text[-2:]) in (("<|", "|>"), ("<｜", "｜>"))
+    return TokenType.CONTROL if token.get("special") or looks_special else TokenType.USER_DEFINED
+
+
+def _padded(
+    folder: Path, texts: Mapping[int, str], types: Mapping[int, TokenType], size: int
+) -> tuple[list[str], list[TokenType]]:
+    """Lists of the model's size; rows of the embedding beyond the tokenizer become unused tokens."""
+    if max(texts) >= size:
+        raise MedcotError(
+            f"The tokenizer in {folder} has ids up to {max(texts)}, the model {size} rows: tokens were added without "
+            "resizing the model, or the tokenizer belongs to another one."
+        )
+    return (
+        [texts.get(index, f"[PAD{index}]") for index in range(size)],
+        [types.get(index, TokenType.UNUSED) for index in range(size)],
+    )
+
+
+def _special_ids(folder: Path, config: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, int]:
+    """Ids of bos, eos, unk and pad, as tokenizer_config.json names them or else config.json numbers them."""
+    model_config = _optional_json(folder / "config.json")
+    special = {}
+    for role in _SPECIAL_ROLES:
+        named = config.get(f"{role}_token")
+        text = named.get("content") if isinstance(named, dict) else named
+        if isinstance(text, str):
+            if text not in ids:
+                raise MedcotError(f"{folder}: {role}_token is {text!r}, which is not in the vocabulary.")
+            special[role] = ids[text]
+        elif isinstance(model_config.get(f"{role}_token_id"), int):
+            special[role] = model_config[f"{role}_token_id"]
+    if "eos" not in special:
+        raise MedcotError(
+            f"{folder / 'tokenizer_config.json'} names no eos_token: the model could not end its turn."
+        )
+    return special
+
+
+def _added_by_template(
+    description: Mapping[str, Any],
+    config: Mapping[str, Any],
+    special: Mapping[str, int],
+    texts: Mapping[int, str],
+) -> tuple[bool, bool]:
+    """Whether the tokenizer puts BOS before a text and EOS behind it.
+
+    The post-processor says what really happens; without tokenizer.json the configuration has to be believed.
+    """
+    if not description:
+        return bool(config.get("add_bos_token", False)), bool(config.get("add_eos_token", False))
+    post_processor = description.get("post_processor") or {}
+    for step in post_processor.get("processors", [post_processor]):
+        if step.get("type") == "TemplateProcessing":
+            single = [part.get("SpecialToken", {}).get("id") for part in step["single"]]
+            bos, eos = texts.get(special.get("bos", -1)), texts[special["eos"]]
+            return bos is not None and single[0] == bos, single[-1] == eos
+    return False, False
+
+
+def _merge_text(merge: str | list[str]) -> str:
+    return merge if isinstance(merge, str) else " ".join(merge)
+
+
+def _chat_template(folder: Path, config: Mapping[str, Any]) -> str:
+    """The template that transformers would use: chat_template.jinja before the configuration's own."""
+    path = folder / "chat_template.jinja"
+    template = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
+    if isinstance(template, list):
+        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+    if not isinstance(template, str) or not template:
+        raise MedcotError(
+            f"{folder} holds no chat template (chat_template.jinja): the GGUF could not be chatted with."
+        )
+    return template
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}

@@ -1,0 +1,352 @@
+"""The command line. Commands import their bodies when they run, so ``--help`` answers at once.
+
+The only place where an error becomes a message and an exit status: 0 done, 1 error, 2 usage, 3 a gate failed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline import __version__
+from pipeline.errors import MedcotError
+
+if TYPE_CHECKING:
+    from pipeline.run import RunOutcome
+
+STAGE = click.Choice(["prepare", "train", "export", "verify", "evaluate", "bench", "report"])
+EXISTING_GGUF = click.Path(path_type=Path)
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one setting; may be repeated."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="medcot")
+@click.option("--debug", is_flag=True, help="Show where an error came from.")
+def cli(debug: bool) -> None:
+    """From a reasoning model and medical chain-of-thought data to one verified GGUF for a laptop.
+
+    Example: medcot run smollm2-cpu
+    """
+    if debug:
+        os.environ["MEDCOT_DEBUG"] = "1"
+
+
+@cli.command()
+@click.argument("config", required=False)
+@set_option
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Folder of the run [default: runs/<name>].")
+@click.option("--only", type=STAGE, help="Run this stage alone; what it needs must be there.")
+@click.option("--until", type=STAGE, help="Stop after this stage.")
+@click.option("--force", type=STAGE, multiple=True, help="Make this stage again even if it is up to date.")
+@json_option
+def run(
+    config: str | None,
+    overrides: tuple[str, ...],
+    run_dir: Path | None,
+    only: str | None,
+    until: str | None,
+    force: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Run the pipeline: prepare, train, export, verify, evaluate, bench, report.
+
+    CONFIG is a preset's name or a YAML file. Stages that are up to date are skipped.
+
+    Example: medcot run smollm2-cpu --set training.max_steps=30
+    """
+    from pipeline.config import load_config
+    from pipeline.run import run as run_stages
+
+    if only and until:
+        raise click.UsageError("--only and --until exclude each other.")
+    resolved = load_config(config, overrides)
+    outcome = run_stages(
+        resolved,
+        run_dir or Path("runs") / resolved.name,
+        only=only,
+        until=until,
+        force=force,
+        announce=lambda text: click.echo(text, err=True),
+    )
+    if as_json:
+        _print_json(_run_document(outcome))
+    else:
+        _print_run(outcome)
+
+
+@cli.command()
+@click.argument("config", required=False)
+@set_option
+@json_option
+def plan(config: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show what a run would take, and one training example with its loss mask. Exit 1 when it cannot fit.
+
+    Example: medcot plan deepseek-r1-8b
+    """
+    from pipeline.config import load_config
+    from pipeline.plan import make_plan, print_plan
+
+    made = make_plan(load_config(config, overrides))
+    if as_json:
+        _print_json(made.model_dump(mode="json"))
+    else:
+        print_plan(made)
+    if made.problems:
+        raise MedcotError("; ".join(made.problems))
+
+
+@cli.command("export")
+@click.option("--base", required=True, help="Hub id, folder, or package:<module>/<file>.gguf.")
+@click.option("--adapter", type=click.Path(path_type=Path), help="Folder of a LoRA adapter (peft).")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the GGUFs.")
+@click.option("--quant", "quantizations", multiple=True, default=("Q4_K_M",), show_default=True)
+@click.option("--name", default="model", show_default=True, help="Names the files: <name>-<quant>.gguf.")
+@json_option
+def export_command(
+    base: str, adapter: Path | None, out: Path, quantizations: tuple[str, ...], name: str, as_json: bool
+) -> None:
+    """Merge a LoRA adapter into its base and write quantized GGUFs, in one pass.
+
+    Example: medcot export --base ./base --adapter ./adapter --out ./gguf --quant Q4_K_M --quant F16
+    """
+    from export.export import export_models
+    from pipeline.base_model import local_base
+
+    result = export_models(local_base(base), adapter, out, name, quantizations, None)
+    if as_json:
+        _print_json(result.model_dump(mode="json"))
+        return
+    for file in result.files:
+        click.echo(f"{out / file.name}  {file.size_bytes / 1e6:.1f} MB  {file.bits_per_weight:.2f} bits/weight")
+
+
+@cli.command()
+@click.argument("gguf", type=EXISTING_GGUF)
+@click.option("--base", required=True, help="Hub id, folder, or package:<module>/<file>.gguf.")
+@click.option("--adapter", type=click.Path(path_type=Path), help="Folder of the LoRA adapter it was made with.")
+@json_option
+def verify(gguf: Path, base: str, adapter: Path | None, as_json: bool) -> None:
+    """Compare a 16- or 32-bit GGUF with the model it was made from. Exit 3 when they differ.
+
+    Example: medcot verify gguf/model-F16.gguf --base ./base --adapter ./adapter
+    """
+    from export.verify import sample_conversations, verify_gguf
+    from pipeline.base_model import local_base
+    from pipeline.config import VerifyConfig
+    from pipeline.errors import GateFailed
+
+    settings = VerifyConfig.model_validate({})
+    result = verify_gguf(gguf, local_base(base), adapter, sample_conversations(settings.prompts), settings)
+    if as_json:
+        _print_json(result.model_dump(mode="json"))
+    else:
+        for check in result.checks:
+            click.echo(f"{'ok    ' if check.passed else 'FAILED'}  {check.name}: {check.detail}")
+    if not result.passed:
+        failed = next(check for check in result.checks if not check.passed)
+        raise GateFailed(f"{gguf} is not the model it was made from: {failed.name}: {failed.detail}")
+
+
+@cli.command()
+@click.argument("models", nargs=-1, required=True, type=EXISTING_GGUF)
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="JSONL with Question, Response, ...")
+@click.option("--rows", type=click.IntRange(min=1), default=24, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=1024, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the records, to go on after a break.")
+@json_option
+def evaluate(
+    models: tuple[Path, ...], data: Path, rows: int, max_new_tokens: int, out: Path | None, as_json: bool
+) -> None:
+    """Measure GGUFs on held-out records: perplexity, and how many answers have the thought/answer form.
+
+    Example: medcot evaluate base-Q4_K_M.gguf tuned-Q4_K_M.gguf --data held_out.jsonl
+    """
+    from bench.evaluate import evaluate_files, print_evaluation
+
+    result = evaluate_files(models, data, rows=rows, max_new_tokens=max_new_tokens, out_dir=out)
+    if as_json:
+        _print_json(result.model_dump(mode="json"))
+    else:
+        print_evaluation(result)
+
+
+@cli.command()
+@click.argument("models", nargs=-1, required=True, type=EXISTING_GGUF)
+@click.option("--out", type=click.Path(path_type=Path), help="Also write benchmark.json into this folder.")
+@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
+@json_option
+def bench(models: tuple[Path, ...], out: Path | None, repeats: int, as_json: bool) -> None:
+    """Measure tokens per second, time to first token and peak memory of GGUFs on this machine.
+
+    Example: medcot bench gguf/*.gguf
+    """
+    from bench.speed import bench_files, print_benchmark
+
+    result = bench_files(models, repeats=repeats, out_dir=out)
+    if as_json:
+        _print_json(result.model_dump(mode="json"))
+    else:
+        print_benchmark(result)
+
+
+@cli.command()
+@click.argument("gguf", type=EXISTING_GGUF)
+@click.option("--prompt", help="Answer this and end.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=1024, show_default=True)
+@click.option("--ctx", "n_ctx", type=click.IntRange(min=64), default=4096, show_default=True, help="Context (tokens).")
+@click.option("--temperature", type=click.FloatRange(min=0, max=2), help="[default: by model]")
+@click.option("--top-p", type=click.FloatRange(min=0, max=1), help="[default: by model]")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="[default: all cores]")
+@click.option("--hide-thought", is_flag=True, help="Show the answer only.")
+@json_option
+def chat(
+    gguf: Path,
+    prompt: str | None,
+    max_new_tokens: int,
+    n_ctx: int,
+    temperature: float | None,
+    top_p: float | None,
+    seed: int,
+    threads: int | None,
+    hide_thought: bool,
+    as_json: bool,
+) -> None:
+    """Talk to a GGUF in the terminal; its thought and its answer are told apart.
+
+    Example: medcot chat runs/smollm2-cpu/gguf/smollm2-cpu-Q4_K_M.gguf --prompt "What is sepsis?"
+    """
+    from chat.terminal import run_chat
+
+    run_chat(
+        gguf,
+        prompt,
+        n_ctx=n_ctx,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        threads=threads,
+        show_thought=not hide_thought,
+        as_json=as_json,
+    )
+
+
+@cli.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Show what this machine has and what is missing, with the command that fixes it.
+
+    Example: medcot doctor
+    """
+    from pipeline.doctor import examine, print_findings
+
+    findings = examine()
+    if as_json:
+        _print_json([finding.model_dump(mode="json") for finding in findings])
+    else:
+        print_findings(findings)
+    if any(finding.problem for finding in findings):
+        raise SystemExit(1)
+
+
+def main() -> None:
+    """Entry point: run a command and end with the right status."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted.", err=True)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output has gone (``medcot ... | head``); nothing may be written at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except MedcotError as error:
+        _show_traceback_if_asked()
+        if not getattr(error, "already_told", False):
+            click.echo(f"Error: {error}", err=True)
+        sys.exit(error.exit_status)
+    except OSError as error:
+        _show_traceback_if_asked()
+        click.echo(f"Error: {error.filename or 'input/output'}: {error.strerror or error}.", err=True)
+        sys.exit(1)
+    except Exception as error:
+        _show_traceback_if_asked()
+        first_line = (str(error).strip() or "no message").splitlines()[0]
+        click.echo(
+            f"Error: {type(error).__name__}: {first_line} (a fault in medcot or a library; --debug shows where)", err=True
+        )
+        sys.exit(1)
+
+
+def _show_traceback_if_asked() -> None:
+    if os.environ.get("MEDCOT_DEBUG"):
+        import traceback
+
+        traceback.print_exc()
+
+
+def _print_json(document: Any) -> None:
+    click.echo(json.dumps(document, ensure_ascii=False, indent=2))
+
+
+def _run_document(outcome: RunOutcome) -> dict[str, Any]:
+    return {
+        "run_dir": str(outcome.run_dir),
+        "gguf": None if outcome.shipped_gguf is None else str(outcome.shipped_gguf),
+        "stages": [
+            {
+                "name": item.stage.name,
+                "status": item.status,
+                "seconds": item.manifest.seconds,
+                "peak_memory_bytes": item.manifest.peak_memory_bytes,
+                "path": str(item.path),
+                "result": item.manifest.result,
+            }
+            for item in outcome.stages
+        ],
+    }
+
+
+def _print_run(outcome: RunOutcome) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    if all(item.status == "up to date" for item in outcome.stages):
+        click.echo("Everything is up to date: nothing was done.")
+    table = Table(title=f"Run {outcome.run_dir}", title_justify="left")
+    for heading in ("stage", "status", "time", "peak memory", "artifact"):
+        table.add_column(heading, justify="right" if heading in ("time", "peak memory") else "left")
+    for item in outcome.stages:
+        minutes, seconds = divmod(round(item.manifest.seconds), 60)
+        table.add_row(
+            item.stage.name,
+            item.status,
+            f"{minutes}:{seconds:02}",
+            f"{item.manifest.peak_memory_bytes / 2**30:.1f} GiB",
+            str(item.path),
+        )
+    total_minutes, total_seconds = divmod(round(sum(item.manifest.seconds for item in outcome.stages)), 60)
+    table.caption = f"{total_minutes}:{total_seconds:02} in all"
+    Console().print(table)
+    if outcome.shipped_gguf is not None:
+        click.echo(f"Chat with it:  medcot chat {outcome.shipped_gguf}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""What this machine has, and what follows from it: each choice comes with its reason."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+MEBIBYTE = 2**20
+GIBIBYTE = 2**30
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting that was left to the program, and why it is what it is."""
+
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Sizes in bytes; ``gpu_names`` is empty on a machine without a usable GPU."""
+
+    cpu: str
+    cores: int
+    memory_bytes: int
+    available_memory_bytes: int
+    free_disk_bytes: int
+    gpu_names: tuple[str, ...]
+    gpu_memory_bytes: int
+    gpu_capability: tuple[int, int] | None
+    platform: str
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.gpu_names else "cpu"
+
+
+def detect(folder: Path) -> Hardware:
+    """Look at this machine; ``folder`` is where the run will write (its nearest existing parent is measured)."""
+    existing = folder.resolve()
+    while not existing.exists():
+        existing = existing.parent
+    memory = psutil.virtual_memory()
+    names: tuple[str, ...] = ()
+    gpu_memory = 0
+    capability = None
+    if _may_have_gpu():
+        import torch
+
+        if torch.cuda.is_available():
+            count = torch.cuda.device_count()
+            names = tuple(torch.cuda.get_device_name(index) for index in range(count))
+            gpu_memory = torch.cuda.get_device_properties(0).total_memory
+            capability = torch.cuda.get_device_capability(0)
+    return Hardware(
+        cpu=cpu_name(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory_bytes=memory.total,
+        available_memory_bytes=memory.available,
+        free_disk_bytes=shutil.disk_usage(existing).free,
+        gpu_names=names,
+        gpu_memory_bytes=gpu_memory,
+        gpu_capability=capability,
+        platform=_platform(),
+    )
+
+
+def cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def compute_dtype(requested: str, hardware: Hardware) -> Choice:
+    """The computation type of training: as configured, or what the hardware does natively."""
+    if requested != "auto":
+        return Choice(requested, "set by model.dtype")
+    if hardware.device == "cpu":
+        flags = _cpu_flags()
+        native = flags & {"amx_bf16", "avx512_bf16", "bf16"}
+        if native:
+            return Choice("bfloat16", f"this CPU multiplies bfloat16 natively ({', '.join(sorted(native))})")
+        return Choice("float32", "this CPU would emulate 16-bit arithmetic")
+    if hardware.gpu_capability is not None and hardware.gpu_capability >= (8, 0):
+        return Choice("bfloat16", f"{hardware.gpu_names[0]} has bfloat16 (compute capability >= 8.0)")
+    return Choice("float16", f"{hardware.gpu_names[0]} has no bfloat16 (compute capability below 8.0)")
+
+
+def _may_have_gpu() -> bool:
+    """Importing torch takes seconds, so it is only asked where a driver is."""
+    return Path("/proc/driver/nvidia").exists() or Path("/dev/nvidiactl").exists() or bool(shutil.which("nvidia-smi"))
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.split(":", 1)[0].strip().lower() in ("flags", "features"):
+                return set(line.split(":", 1)[1].lower().split())
+    except OSError:
+        pass
+    return set()
+
+
+def _platform() -> str:
+    if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
+        return "Kaggle"
+    if "COLAB_RELEASE_TAG" in os.environ or Path("/content/sample_data").is_dir():
+        return "Colab"
+    return f"{platform.system()} {platform.machine()}"

@@ -1,0 +1,158 @@
+"""What each stage measured: the ``result`` part of its manifest, and the only thing the report reads.
+
+Units are in the names (seconds, bytes, tokens per second); a rate or a share is between 0 and 1.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Measurement(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Distribution(Measurement):
+    """Order statistics of a count per record (words or tokens)."""
+
+    n: int
+    minimum: float
+    median: float
+    p95: float
+    maximum: float
+
+
+class PreparedData(Measurement):
+    """The prepare stage: ``read == train_rows + eval_rows + unused_rows + rejected``."""
+
+    source: str
+    read: int
+    train_rows: int
+    eval_rows: int
+    unused_rows: int
+    rejected: int
+    reject_reasons: dict[str, int]
+    with_reasoning: int
+    with_options: int
+    words: dict[Literal["question", "reasoning", "answer"], Distribution]
+    tokens: Distribution = Field(description="Whole training examples, prompt and completion.")
+    template_sha256: str
+
+
+class LossPoint(Measurement):
+    step: int
+    loss: float
+
+
+class TrainedAdapter(Measurement):
+    """The train stage; losses are mean negative log-likelihood per labelled token (nats)."""
+
+    base: str
+    steps: int
+    trainable_parameters: int
+    total_parameters: int
+    train_loss: list[LossPoint]
+    eval_loss_before: float
+    eval_loss_after: float
+    tokens_per_second: float = Field(description="Prompt and completion tokens, without padding.")
+    train_seconds: float = Field(description="Time in the training loop, over all sessions of a resumed run.")
+    resumed_from_step: int | None
+    device: str
+    dtype: str
+    load_in_4bit: bool
+
+
+class ExportedFile(Measurement):
+    name: str
+    role: Literal["tuned", "base"]
+    quantization: str
+    size_bytes: int
+    bits_per_weight: float
+    tensor_types: dict[str, int] = Field(description="Number of tensors of each ggml type.")
+
+
+class ExportedModels(Measurement):
+    """The export stage; ``ship`` is the file name of the GGUF to use."""
+
+    architecture: str
+    parameters: int
+    adapter_matrices_merged: int
+    ship: str
+    base: str | None = Field(description="File name of the base in the shipped type.")
+    files: list[ExportedFile]
+
+
+class Check(Measurement):
+    """One comparison: passed, and the sentence that says what was compared and found."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+class Verification(Measurement):
+    checks: list[Check]
+    logit_nmse: float = Field(description="F16 GGUF against merged model: |a-b|^2 / |b|^2 over all logits.")
+    top1_agreement: float
+    positions: int
+    passed: bool
+
+
+class Estimate(Measurement):
+    """A mean or rate over ``n`` records with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+class ModelEvaluation(Measurement):
+    """One model on the held-out records, greedy decoding."""
+
+    model: str
+    role: Literal["tuned", "base"]
+    answer_perplexity: Estimate = Field(description="Token-weighted, given the reference reasoning.")
+    reasoning_perplexity: Estimate | None = Field(description="Token-weighted; None without reasoning.")
+    well_formed: Estimate = Field(description="Exactly one closed thought, then a non-empty answer.")
+    finished: Estimate = Field(description="The model ended its turn itself.")
+    mean_new_tokens: float
+
+
+class Sample(Measurement):
+    question: str
+    reference: str
+    outputs: dict[str, str] = Field(description="Model file name -> raw output.")
+
+
+class Evaluation(Measurement):
+    models: list[ModelEvaluation]
+    samples: list[Sample]
+
+
+class Speed(Measurement):
+    """One model on this machine; every list holds one value per repeat."""
+
+    model: str
+    engine: Literal["llama.cpp", "transformers"]
+    weights: str = Field(description="ggml type or dtype.")
+    file_bytes: int | None
+    load_seconds: float
+    prompt_tokens: int
+    prompt_tokens_per_second: list[float]
+    generated_tokens: int
+    generated_tokens_per_second: list[float]
+    time_to_first_token_seconds: list[float]
+    peak_memory_bytes: int
+
+
+class Benchmark(Measurement):
+    machine: str
+    threads: int
+    models: list[Speed]
+
+
+class Report(Measurement):
+    files: list[str]

@@ -1,0 +1,328 @@
+"""The driver: the stages in order, each in a process of its own, skipped when up to date.
+
+    medcot run smollm2-cpu --set training.max_steps=30
+
+A stage is a function ``stage(config, inputs, out_dir) -> result``; this module gives it the folders of the
+artifacts it is made from, and turns what it leaves into an artifact (``pipeline/stage_process.py`` writes the
+manifest). A process of its own gives every stage its own peak memory and returns all of it, the GPU's included.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from pipeline import __version__, results
+from pipeline.artifacts import (
+    IN_PROGRESS_NAME,
+    MANIFEST_NAME,
+    Manifest,
+    changed_files,
+    fingerprint,
+    package_versions,
+    read_manifest,
+    write_json,
+    write_text,
+)
+from pipeline.base_model import base_identity
+from pipeline.config import Config, load_config
+from pipeline.errors import MedcotError
+from pipeline.sources import source_identity
+
+CONFIG_NAME = "config.yaml"
+LOCK_NAME = ".lock"
+_BASE = ("model.base", "model.revision")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the pipeline.
+
+    ``function`` is "module:name", imported only in the stage's process; ``settings`` are the dotted keys of the
+    configuration that its output depends on; ``packages`` the distributions whose versions matter.
+    """
+
+    name: str
+    function: str
+    folder: str
+    inputs: tuple[str, ...]
+    settings: tuple[str, ...]
+    packages: tuple[str, ...]
+    result: type[BaseModel]
+
+    def load(self) -> Callable[[Config, dict[str, Path], Path], BaseModel]:
+        module, _, name = self.function.partition(":")
+        function: Callable[[Config, dict[str, Path], Path], BaseModel] = getattr(
+            importlib.import_module(module), name
+        )
+        return function
+
+
+STAGES = (
+    Stage(
+        name="prepare",
+        function="pipeline.prepare:prepare",
+        folder="data",
+        inputs=(),
+        settings=("seed", "data", "prompt", "model.max_seq_length", *_BASE),
+        packages=("tokenizers", "datasets"),
+        result=results.PreparedData,
+    ),
+    Stage(
+        name="train",
+        function="pipeline.train:train",
+        folder="adapter",
+        inputs=("prepare",),
+        settings=("seed", "model", "prompt", "lora", "training"),
+        packages=("unsloth", "trl", "peft", "transformers", "torch", "bitsandbytes"),
+        result=results.TrainedAdapter,
+    ),
+    Stage(
+        name="export",
+        function="export.export:export",
+        folder="gguf",
+        inputs=("train",),
+        settings=("name", "export", *_BASE),
+        packages=("gguf", "llama-cpp-python"),
+        result=results.ExportedModels,
+    ),
+    Stage(
+        name="verify",
+        function="export.verify:verify",
+        folder="verify",
+        inputs=("prepare", "train", "export"),
+        settings=("verify", "prompt", *_BASE),
+        packages=("llama-cpp-python", "transformers", "peft", "torch"),
+        result=results.Verification,
+    ),
+    Stage(
+        name="evaluate",
+        function="bench.evaluate:evaluate",
+        folder="eval",
+        inputs=("prepare", "export"),
+        settings=("seed", "evaluation", "prompt"),
+        packages=("llama-cpp-python",),
+        result=results.Evaluation,
+    ),
+    Stage(
+        name="bench",
+        function="bench.speed:bench",
+        folder="bench",
+        inputs=("train", "export"),
+        settings=("bench", *_BASE),
+        packages=("llama-cpp-python", "transformers", "torch"),
+        result=results.Benchmark,
+    ),
+    Stage(
+        name="report",
+        function="bench.report:report",
+        folder="report",
+        inputs=("prepare", "train", "export", "verify", "evaluate", "bench"),
+        settings=("name",),
+        packages=("matplotlib", "jinja2"),
+        result=results.Report,
+    ),
+)
+STAGE_NAMES = tuple(stage.name for stage in STAGES)
+
+Status = Literal["made", "up to date", "gone on with"]
+
+
+@dataclass(frozen=True)
+class StageOutcome:
+    stage: Stage
+    status: Status
+    manifest: Manifest
+    path: Path
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    run_dir: Path
+    stages: list[StageOutcome]
+
+    @property
+    def shipped_gguf(self) -> Path | None:
+        """The GGUF to chat with, when the export stage was part of this run."""
+        for outcome in self.stages:
+            if outcome.stage.name == "export":
+                return outcome.path / outcome.manifest.result["ship"]
+        return None
+
+
+def stage_named(name: str) -> Stage:
+    return next(stage for stage in STAGES if stage.name == name)
+
+
+def run(
+    config: Config,
+    run_dir: Path,
+    *,
+    only: str | None = None,
+    until: str | None = None,
+    force: Sequence[str] = (),
+    announce: Callable[[str], None] = lambda text: None,
+) -> RunOutcome:
+    """Bring the run in ``run_dir`` up to date and say what was done.
+
+    Raises MedcotError when a stage fails, GateFailed when a gate does; finished artifacts stay.
+    """
+    chosen = _chosen(only, until)
+    with _locked(run_dir):
+        write_text(run_dir / CONFIG_NAME, config.to_yaml())
+        outcomes = []
+        for stage in chosen:
+            outcome = _bring_up_to_date(stage, config, run_dir, stage.name in force, announce)
+            outcomes.append(outcome)
+    return RunOutcome(run_dir, outcomes)
+
+
+def stage_inputs(stage: Stage, run_dir: Path) -> dict[str, Path]:
+    return {name: run_dir / stage_named(name).folder for name in stage.inputs}
+
+
+def stage_config(stage: Stage, config: Config) -> dict[str, Any]:
+    """The part of the configuration, and of the world outside, that the stage's output depends on."""
+    values = config.model_dump(mode="json")
+    picked: dict[str, Any] = {}
+    for key in stage.settings:
+        value = values
+        for part in key.split("."):
+            value = value[part]
+        picked[key] = value
+    if "model.base" in picked or "model" in picked:
+        picked["base"] = base_identity(config.model.base, config.model.revision)
+    if "data" in picked:
+        picked["records"] = source_identity(config.data)
+    return picked
+
+
+def stage_versions(stage: Stage) -> dict[str, str]:
+    return {"medcot": __version__, **package_versions(stage.packages)}
+
+
+def _chosen(only: str | None, until: str | None) -> list[Stage]:
+    if only is not None:
+        return [stage_named(only)]
+    if until is not None:
+        return list(STAGES[: STAGE_NAMES.index(until) + 1])
+    return list(STAGES)
+
+
+def _bring_up_to_date(
+    stage: Stage, config: Config, run_dir: Path, force: bool, announce: Callable[[str], None]
+) -> StageOutcome:
+    folder = run_dir / stage.folder
+    expected = _expected_fingerprint(stage, config, run_dir)
+    manifest = read_manifest(folder)
+    if manifest is not None and not force:
+        damaged = changed_files(folder, manifest)
+        if manifest.fingerprint == expected and not damaged:
+            announce(f"{stage.name}: up to date")
+            return StageOutcome(stage, "up to date", manifest, folder)
+        why = f"{damaged[0]} is missing or changed" if damaged else "its settings, inputs or versions changed"
+        announce(f"{stage.name}: {why}, made again")
+    status = _start_folder(stage, folder, expected, force)
+    announce(f"{stage.name}: {'goes on where it was interrupted' if status == 'gone on with' else 'started'}")
+    _run_in_process(stage, run_dir)
+    made = read_manifest(folder)
+    if made is None:
+        raise MedcotError(f"{stage.name} ended without writing {folder / MANIFEST_NAME}: run it again with --debug.")
+    return StageOutcome(stage, status, made, folder)
+
+
+def _expected_fingerprint(stage: Stage, config: Config, run_dir: Path) -> str:
+    digests = {}
+    for name, path in stage_inputs(stage, run_dir).items():
+        manifest = read_manifest(path)
+        if manifest is None:
+            raise MedcotError(f"{stage.name} needs the artifact of {name}, and {path} holds none: run {name} first.")
+        digests[name] = manifest.digest
+    return fingerprint(stage.name, stage_config(stage, config), digests, stage_versions(stage))
+
+
+def _start_folder(stage: Stage, folder: Path, expected: str, force: bool) -> Status:
+    """Keep what an interrupted attempt at the same thing left, else begin with an empty folder."""
+    in_progress = folder / IN_PROGRESS_NAME
+    if in_progress.is_file() and not force:
+        try:
+            interrupted = json.loads(in_progress.read_text())["fingerprint"]
+        except (ValueError, KeyError, TypeError):
+            interrupted = None
+        if interrupted == expected:
+            return "gone on with"
+    if folder.exists():
+        ours = in_progress.is_file() or (folder / MANIFEST_NAME).is_file()
+        if not ours and any(folder.iterdir()):
+            raise MedcotError(
+                f"{folder} holds files that medcot did not make: choose another --run-dir or empty that folder."
+            )
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    write_json(in_progress, {"stage": stage.name, "fingerprint": expected})
+    return "made"
+
+
+def _run_in_process(stage: Stage, run_dir: Path) -> None:
+    command = [sys.executable, "-m", "pipeline.stage_process", stage.name, str(run_dir)]
+    root = str(Path(__file__).resolve().parent.parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    process = subprocess.Popen(command, env=environment)
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        # The child got the same Ctrl-C from the terminal; give it a moment to end by itself.
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        raise
+    if status < 0:
+        name = signal.Signals(-status).name
+        reason = " (often: out of memory)" if -status == signal.SIGKILL else ""
+        raise MedcotError(f"{stage.name} was ended by {name}{reason}: the same command goes on from where it was.")
+    if status != 0:
+        raise StageFailed(stage.name, status)
+
+
+class StageFailed(MedcotError):
+    """A stage's process has told the user what went wrong; only its exit status is left to pass on."""
+
+    def __init__(self, stage: str, exit_status: int) -> None:
+        super().__init__(f"{stage} failed")
+        self.already_told = True
+        self.exit_status = exit_status
+
+
+@contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    """Keep two runs out of one folder; the lock goes with the process, however it ends."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        stream = (run_dir / LOCK_NAME).open("w")
+    except OSError as error:
+        raise MedcotError(f"{run_dir} cannot be written ({error.strerror}): choose another --run-dir.") from error
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise MedcotError(f"Another medcot run is at work in {run_dir}: wait for it or choose another --run-dir.") from error
+        yield
+
+
+def load_run_config(run_dir: Path) -> Config:
+    return load_config(str(run_dir / CONFIG_NAME))

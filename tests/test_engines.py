@@ -1,0 +1,157 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bench_models import make_adapter, make_tiny_model
+
+from bench import engines
+from pipeline.errors import MedcotError
+from pipeline.prompts import Example
+
+EXAMPLE = Example(
+    "What is metformin for?",
+    "It lowers the production of glucose in the liver, so it treats high glucose.",
+    "Type 2 diabetes.",
+)
+SETTINGS = engines.Settings(context_tokens=512, threads=1)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path) -> Path:
+    return make_adapter(base, base.parent / "adapter")
+
+
+@pytest.fixture(scope="module")
+def gguf(base: Path, adapter: Path) -> Path:
+    pytest.importorskip("llama_cpp")
+    from export.export import export_models
+
+    out_dir = base.parent / "gguf"
+    exported = export_models(base, adapter, out_dir, "tiny", ["F16"])
+    return out_dir / exported.ship
+
+
+@pytest.fixture(scope="module")
+def under_transformers(base: Path, adapter: Path) -> Iterator[engines.Engine]:
+    with engines.TransformersEngine(base, adapter, SETTINGS) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def under_llama_cpp(gguf: Path) -> Iterator[engines.Engine]:
+    with engines.LlamaCppEngine(gguf, SETTINGS) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize("sizes", [[7], [3, 4], [1] * 7])
+def test_target_log_probabilities_do_not_depend_on_the_blocks(sizes: list[int]) -> None:
+    random = np.random.default_rng(0)
+    logits = random.normal(0, 30, (7, 11)).astype(np.float32)
+    ids = [int(token) for token in random.integers(0, 11, 7)]
+    blocks = np.split(logits, np.cumsum(sizes)[:-1])
+    expected = [
+        float(logits[i, ids[i + 1]]) - np.logaddexp.reduce(logits[i].astype(np.float64)) for i in range(6)
+    ]
+    assert engines.target_log_probabilities(blocks, ids) == pytest.approx(expected, abs=1e-5)
+
+
+def test_engines_agree_on_ids_and_likelihoods(
+    under_transformers: engines.Engine, under_llama_cpp: engines.Engine
+) -> None:
+    ids = under_transformers.chat_format.encode(EXAMPLE).input_ids
+    assert under_llama_cpp.chat_format.encode(EXAMPLE).input_ids == ids
+    assert len(ids) > 64  # more than one block
+    reference = under_transformers.token_log_probabilities(ids)
+    found = under_llama_cpp.token_log_probabilities(ids)
+    assert reference.shape == found.shape == (len(ids) - 1,)
+    # 16-bit weights against 32-bit ones
+    assert np.abs(found - reference).mean() < 0.02
+
+
+def test_transformers_likelihoods_equal_one_whole_forward_pass(base: Path, adapter: Path) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    with engines.TransformersEngine(base, adapter, SETTINGS) as engine:
+        ids = engine.chat_format.encode(EXAMPLE).input_ids
+        found = engine.token_log_probabilities(ids)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.inference_mode():
+        logits = PeftModel.from_pretrained(model, adapter)(torch.tensor([ids])).logits[0]
+    expected = torch.log_softmax(logits.double(), -1)[torch.arange(len(ids) - 1), ids[1:]]
+    assert found == pytest.approx(expected.numpy(), abs=1e-4)
+
+
+def test_the_adapter_changes_the_model(base: Path, under_transformers: engines.Engine) -> None:
+    ids = under_transformers.chat_format.encode(EXAMPLE).input_ids
+    with engines.open_engine(base, SETTINGS) as without:
+        change = without.token_log_probabilities(ids) - under_transformers.token_log_probabilities(ids)
+    assert np.abs(change).max() > 0.1
+
+
+@pytest.mark.parametrize("which", ["under_transformers", "under_llama_cpp"])
+def test_generation_is_greedy_bounded_and_repeatable(which: str, request: pytest.FixtureRequest) -> None:
+    engine: engines.Engine = request.getfixturevalue(which)
+    prompt = engine.chat_format.question_ids("What is metformin for?")
+    written = engine.generate(prompt, 12)
+    assert written == engine.generate(prompt, 12)
+    assert len(written) <= 12
+    end = engine.chat_format.vocabulary.control_tokens[engine.chat_format.vocabulary.eos_token]
+    assert end not in written
+    first = [engine.generate(prompt, 1)[0]] if written else []
+    # No other token is likelier than the one that greedy decoding takes.
+    chosen = engine.token_log_probabilities([*prompt, *first])[-1]
+    others = [engine.token_log_probabilities([*prompt, token])[-1] for token in range(0, 300, 20)]
+    assert chosen >= max(others)
+
+
+@pytest.mark.parametrize("which", ["under_transformers", "under_llama_cpp"])
+def test_text_and_timings(which: str, request: pytest.FixtureRequest) -> None:
+    engine: engines.Engine = request.getfixturevalue(which)
+    ids = engine.chat_format.encode(EXAMPLE).input_ids
+    assert engine.text(ids).endswith("Type 2 diabetes.<|im_end|>")
+    assert engine.prompt_seconds(ids) > 0
+    assert engine.decode_seconds(ids[:5]) > 0
+    assert max(ids) < engine.vocabulary_size <= 320
+    assert engine.file_bytes > 100_000
+
+
+def test_weights_are_labelled(under_transformers: engines.Engine, under_llama_cpp: engines.Engine) -> None:
+    assert (under_transformers.name, under_transformers.weights) == ("transformers", "float32")
+    assert (under_llama_cpp.name, under_llama_cpp.weights) == ("llama.cpp", "F16")
+
+
+def test_an_adapter_folder_finds_its_base(adapter: Path, under_transformers: engines.Engine) -> None:
+    ids = under_transformers.chat_format.encode(EXAMPLE).input_ids
+    with engines.open_engine(adapter, SETTINGS) as engine:
+        assert np.array_equal(
+            engine.token_log_probabilities(ids), under_transformers.token_log_probabilities(ids)
+        )
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MedcotError, match="is no model"):
+        engines.open_engine(tmp_path, SETTINGS)
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(MedcotError, match="does not name its base"):
+        engines.open_engine(tmp_path, SETTINGS)
+    with pytest.raises(MedcotError, match="does not exist"):
+        engines.open_engine(tmp_path / "absent.gguf", SETTINGS)
+
+
+def test_a_prompt_that_does_not_fit_is_an_error(under_llama_cpp: engines.Engine) -> None:
+    with pytest.raises(MedcotError, match="512"):
+        under_llama_cpp.token_log_probabilities([5] * 600)
+
+
+def test_usable_cores_is_at_least_one_and_at_most_all() -> None:
+    import os
+
+    assert 1 <= engines.usable_cores() <= (os.cpu_count() or 1)

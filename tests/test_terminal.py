@@ -1,0 +1,282 @@
+"""What the chat prints where: in a pipe, as JSON, in a terminal; and how it ends."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chat_models import ScriptedModel
+
+from chat import terminal
+from chat.display import harmless
+from pipeline.errors import MedcotError
+
+MODEL = Path("model.gguf")
+OUTPUT = "<think>\nUric acid.\n</think>\n\nGout."
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def use(monkeypatch: pytest.MonkeyPatch, model: ScriptedModel) -> None:
+    @contextmanager
+    def open_model(*_: object) -> Iterator[ScriptedModel]:
+        yield model
+
+    monkeypatch.setattr(terminal, "open_model", open_model)
+
+
+def pipe_in(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+def test_in_a_pipe_standard_output_gets_the_answer_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use(monkeypatch, ScriptedModel([OUTPUT]))
+    terminal.run_chat(MODEL, "A red toe?")
+    out, err = capsys.readouterr()
+    assert out == "Gout.\n"
+    assert terminal.DISCLAIMER in err
+    assert "Thought\nUric acid.\n" in err
+    assert "tokens/s" in err and "first token after" in err
+
+
+def test_in_a_pipe_an_answer_taken_up_again_is_one_answer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use(monkeypatch, ScriptedModel(["<think>a</think>b<think>c</think>d"]))
+    terminal.run_chat(MODEL, "x")
+    assert capsys.readouterr().out == "b\n\nd\n"
+
+
+def test_a_piped_question_is_the_prompt(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ScriptedModel([OUTPUT])
+    use(monkeypatch, model)
+    pipe_in(monkeypatch, b"A red toe,\nand 39\xb0C?\n")
+    terminal.run_chat(MODEL, None)
+    assert capsys.readouterr().out == "Gout.\n"
+    assert "user\nA red toe,\nand 39\N{REPLACEMENT CHARACTER}C?[[" in model.prompts[0]
+
+
+def test_a_hidden_thought_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use(monkeypatch, ScriptedModel([OUTPUT]))
+    terminal.run_chat(MODEL, "A red toe?", show_thought=False)
+    out, err = capsys.readouterr()
+    assert out == "Gout.\n"
+    assert "Uric" not in err
+
+
+def test_json_is_one_document_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use(monkeypatch, ScriptedModel([OUTPUT + " \x1b[2J 38 °C"]))
+    terminal.run_chat(MODEL, " A red toe? ", as_json=True)
+    out, err = capsys.readouterr()
+    assert err == "" and "\x1b" not in out
+    answer = json.loads(out)
+    assert answer.pop("seconds") >= 0 and answer.pop("tokens_per_second") > 0
+    assert answer == {
+        "model": "model.gguf",
+        "question": "A red toe?",
+        "thought": "Uric acid.",
+        "answer": "Gout. \x1b[2J 38 °C",
+        "tokens": len(OUTPUT) + 11,
+        "finished": "end",
+    }
+
+
+def test_an_interrupt_prints_what_was_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupted(ScriptedModel):
+        def generate(self, *_: Any, **__: Any) -> Iterator[int]:
+            yield from map(ord, "Gout")
+            raise KeyboardInterrupt
+
+    use(monkeypatch, Interrupted([]))
+    with pytest.raises(KeyboardInterrupt):
+        terminal.run_chat(MODEL, "x")
+    out, err = capsys.readouterr()
+    assert out == "Gout\n" and "stopped" in err
+    with pytest.raises(KeyboardInterrupt):
+        terminal.run_chat(MODEL, "x", as_json=True)
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["answer"], answer["finished"]) == ("Gout", "stopped")
+
+
+def test_model_text_is_neither_markup_nor_an_escape_sequence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use(
+        monkeypatch,
+        ScriptedModel(["<think>[bold]\x1b]0;title\x07</think>[red]x[/red] :smile: \x1b[31m\x9b2J\r\n\ty"]),
+    )
+    terminal.run_chat(MODEL, "x")
+    out, err = capsys.readouterr()
+    assert out == "[red]x[/red] :smile: ␛[31m\N{REPLACEMENT CHARACTER}2J\n\ty\n"
+    assert "[bold]␛]0;title␇" in err
+    assert not set(out + err) & {"\x1b", "\x9b", "\x07", "\r"}
+
+
+def test_every_control_character_but_tab_and_newline_is_made_harmless() -> None:
+    text = "".join(map(chr, range(0x100)))
+    assert {c for c in harmless(text) if ord(c) < 0x20 or 0x7F <= ord(c) < 0xA0} == {"\t", "\n"}
+    assert harmless("Fièvre ≥ 39 °C, 心臓 🫀") == "Fièvre ≥ 39 °C, 心臓 🫀"
+
+
+@pytest.mark.parametrize(("prompt", "piped"), [("", b"x"), (" \n", b"x"), (None, b"\n")])
+def test_an_empty_question_is_refused(
+    monkeypatch: pytest.MonkeyPatch, prompt: str | None, piped: bytes
+) -> None:
+    pipe_in(monkeypatch, piped)
+    with pytest.raises(MedcotError, match="question is empty"):
+        terminal.run_chat(MODEL, prompt)
+
+
+def test_a_context_beyond_the_models_is_capped(monkeypatch: pytest.MonkeyPatch) -> None:
+    import export.gguf_model
+    from chat.proof import Proof
+
+    opened = []
+
+    @contextmanager
+    def model(path: Path, *, n_ctx: int, n_threads: int | None) -> Iterator[None]:
+        opened.append(n_ctx)
+        yield
+
+    monkeypatch.setattr(export.gguf_model, "GgufModel", model)
+    for context_length in (2048, 131072, None):
+        monkeypatch.setattr(terminal, "prove", lambda _, length=context_length: Proof(context_length=length))
+        with terminal.open_model(MODEL, 4096, None):
+            pass
+    assert opened == [2048, 4096, 4096]
+
+
+# A chat in a process of its own; its model answers "Gout." to one question and "a a a ..." to another.
+CHAT = """
+import sys, time
+from contextlib import contextmanager
+from pathlib import Path
+from chat import terminal
+from chat_models import ScriptedModel
+
+class Model(ScriptedModel):
+    def generate(self, ids, max_new_tokens, **sampling):
+        if "endless" in "".join(chr(i) for i in ids if i < 0x110000):
+            for token in map(ord, "a " * 100_000):
+                time.sleep(0.001)
+                yield token
+        else:
+            yield from map(ord, "<think>[Uric] acid</think>Gout.")
+
+@contextmanager
+def open_model(*_):
+    yield Model([], n_ctx=1_000_000)
+
+terminal.open_model = open_model
+terminal.run_chat(Path("model.gguf"), *sys.argv[1:] or [None], max_new_tokens=200_000)
+"""
+
+
+def start_chat(*arguments: str, **streams: Any) -> subprocess.Popen[bytes]:
+    search_path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "PYTHONPATH": search_path, "TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
+    return subprocess.Popen([sys.executable, "-c", CHAT, *arguments], env=environment, **streams)
+
+
+class Screen:
+    """The other end of a child's terminal."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self.text = ""
+
+    def type(self, line: str) -> None:
+        os.write(self._descriptor, line.encode() + b"\n")
+
+    def wait_for(self, wanted: str, seconds: float = 10.0) -> str:
+        """Read until ``wanted`` has been printed; returns, and takes off the screen, all up to its end."""
+        deadline = time.monotonic() + seconds
+        while wanted not in self.text:
+            ready, _, _ = select.select([self._descriptor], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, f"{wanted!r} was not printed, but {self.text!r}"
+            self.text += os.read(self._descriptor, 65536).decode(errors="replace")
+        seen, _, self.text = self.text.partition(wanted)
+        return seen + wanted
+
+
+@pytest.fixture
+def conversation() -> Iterator[tuple[subprocess.Popen[bytes], Screen]]:
+    ours, theirs = pty.openpty()
+    chat = start_chat(stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    yield chat, Screen(ours)
+    chat.kill()
+    chat.wait()
+    os.close(ours)
+
+
+def test_a_conversation_in_a_terminal(conversation: tuple[subprocess.Popen[bytes], Screen]) -> None:
+    chat, screen = conversation
+    assert "not medical advice" in screen.wait_for("> ")
+    screen.type("A red toe?")
+    shown = screen.wait_for("tokens/s")
+    assert "\x1b[2mU\x1b[0m" in shown  # the thought is dimmed
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", shown)
+    assert shown.index("Thought") < shown.index("[Uric] acid") < shown.index("Answer") < shown.index("Gout.")
+
+    screen.wait_for("> ")
+    screen.type("endless")
+    screen.wait_for("a a a a")
+    chat.send_signal(signal.SIGINT)
+    assert "stopped" in screen.wait_for("> ")
+    screen.type("/help")
+    screen.wait_for("/quit")
+    screen.type("/nonsense")
+    screen.wait_for("no command /nonsense")
+    screen.type("/new")
+    screen.wait_for("A new conversation.")
+    screen.wait_for("> ")
+    chat.send_signal(signal.SIGINT)
+    screen.wait_for("/quit or Ctrl-D ends.")
+    screen.type("A red toe?")
+    screen.wait_for("Gout.")
+    screen.wait_for("> ")
+    screen.type("/quit")
+    assert chat.wait(10) == 0
+
+
+def test_the_end_of_input_ends_the_conversation(
+    conversation: tuple[subprocess.Popen[bytes], Screen],
+) -> None:
+    chat, screen = conversation
+    screen.wait_for("> ")
+    screen.type("\x04")
+    assert chat.wait(10) == 0
+
+
+def test_a_reader_that_goes_away_ends_the_answer_quietly() -> None:
+    chat = start_chat("endless", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert chat.stdout is not None and chat.stderr is not None
+    assert chat.stdout.read(4) == b"a a "
+    chat.stdout.close()
+    errors = chat.stderr.read().decode()
+    assert chat.wait(10) in (0, 1)
+    assert "Traceback" not in errors and "BrokenPipe" not in errors
+    chat.stderr.close()
