@@ -21,10 +21,7 @@ def describe_loss(trained: TrainedAdapter) -> str:
     if not trained.train_loss:
         return f"No training loss was logged; {held_out}."
     first, last = trained.train_loss[0], trained.train_loss[-1]
-    return (
-        f"Training loss {first.loss:.3f} at step {first.step} and {last.loss:.3f} at step {last.step}; "
-        f"{held_out}."
-    )
+    return f"Training loss {first.loss:.3f} at step {first.step} and {last.loss:.3f} at step {last.step}; {held_out}."
 
 
 def loss_curve(trained: TrainedAdapter) -> str:

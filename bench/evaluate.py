@@ -1,6 +1,6 @@
 """Base against tuned on held-out records: perplexity of the reference, and what the model writes itself.
 
-    medcot evaluate tuned.gguf base.gguf --data runs/smollm2-cpu/data/eval.jsonl
+    medcot evaluate base-Q4_K_M.gguf tuned-Q4_K_M.gguf --data runs/smollm2-cpu/data/eval.jsonl
 
 Every record's outcome is written as soon as it is known: an interrupted evaluation goes on where it stopped.
 """
@@ -8,6 +8,7 @@ Every record's outcome is written as soon as it is known: an interrupted evaluat
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 from bench import engines, statistics
 from bench.engines import Engine
@@ -30,7 +32,7 @@ from pipeline.artifacts import Artifact, sha256_file, sha256_json, write_json, w
 from pipeline.config import Config
 from pipeline.errors import MedcotError
 from pipeline.prompts import Example
-from pipeline.results import Evaluation, ExportedModels, Measurement, ModelEvaluation, Sample
+from pipeline.results import Estimate, Evaluation, ExportedModels, Measurement, ModelEvaluation, Sample
 from pipeline.thought import parse_output
 
 Role = Literal["tuned", "base"]
@@ -73,9 +75,42 @@ def evaluate(config: Config, inputs: dict[str, Path], out_dir: Path) -> Evaluati
         ),
     )
     examples = read_examples(inputs["prepare"] / "eval.jsonl", config.evaluation.rows)
-    return evaluate_models(
-        [path for path, _ in models], [role for _, role in models], examples, out_dir, settings
-    )
+    return evaluate_models([path for path, _ in models], [role for _, role in models], examples, out_dir, settings)
+
+
+def evaluate_files(
+    paths: Sequence[Path], data: Path, *, rows: int, max_new_tokens: int, out_dir: Path | None = None
+) -> Evaluation:
+    """The command: the first of several models is the base, the others are compared with it.
+
+    Without ``out_dir`` the records are not kept, so a break means beginning again.
+    """
+    roles: list[Role] = ["base" if index == 0 and len(paths) > 1 else "tuned" for index in range(len(paths))]
+    examples = read_examples(data, rows)
+    settings = EvaluationSettings(max_new_tokens=max_new_tokens)
+    if out_dir is not None:
+        return evaluate_models(paths, roles, examples, out_dir, settings)
+    with tempfile.TemporaryDirectory() as folder:
+        return evaluate_models(paths, roles, examples, Path(folder), settings)
+
+
+def print_evaluation(evaluation: Evaluation) -> None:
+    """One row a model on standard output, 95 % intervals in brackets."""
+    table = Table("model", "answer perplexity", "reasoning perplexity", "well-formed", "ended itself", "records")
+    for model in evaluation.models:
+        table.add_row(
+            model.model,
+            _with_interval(model.answer_perplexity),
+            _with_interval(model.reasoning_perplexity) if model.reasoning_perplexity else "-",
+            _with_interval(model.well_formed),
+            _with_interval(model.finished),
+            str(model.answer_perplexity.n),
+        )
+    Console().print(table)
+
+
+def _with_interval(estimate: Estimate) -> str:
+    return f"{estimate.value:.2f} ({estimate.low:.2f} to {estimate.high:.2f})"
 
 
 def evaluate_models(
@@ -108,13 +143,14 @@ def evaluate_models(
 
 
 def read_examples(path: Path, limit: int | None = None) -> list[Example]:
-    """Held-out records: one JSON object a line with question, reasoning (or null) and answer."""
+    """Held-out records: one JSON object a line with question, reasoning (or null) and answer.
+
+    The columns of the raw data set (Question, Complex_CoT, Response) are understood as well.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise MedcotError(
-            f"{path} cannot be read ({error}): name a JSONL file of held-out records."
-        ) from error
+        raise MedcotError(f"{path} cannot be read ({error}): name a JSONL file of held-out records.") from error
     examples: list[Example] = []
     for number, line in enumerate(lines, start=1):
         if line.strip() and (limit is None or len(examples) < limit):
@@ -127,17 +163,16 @@ def read_examples(path: Path, limit: int | None = None) -> list[Example]:
 def _example(line: str, where: str) -> Example:
     try:
         row = json.loads(line)
-        question, reasoning, answer = row["question"], row.get("reasoning"), row["answer"]
+        if "question" in row:
+            question, reasoning, answer = row["question"], row.get("reasoning"), row["answer"]
+        else:
+            question, reasoning, answer = row["Question"], row.get("Complex_CoT"), row["Response"]
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise MedcotError(
-            f"{where}: expected a JSON object with question, answer and perhaps reasoning."
-        ) from error
+        raise MedcotError(f"{where}: expected a JSON object with question, answer and perhaps reasoning.") from error
     if not all(isinstance(text, str) and text.strip() for text in (question, answer)) or not (
         reasoning is None or isinstance(reasoning, str)
     ):
-        raise MedcotError(
-            f"{where}: question and answer must be text that is not empty, reasoning text or null."
-        )
+        raise MedcotError(f"{where}: question and answer must be text that is not empty, reasoning text or null.")
     return Example(question, reasoning or None, answer)
 
 
@@ -154,24 +189,26 @@ def _evaluate_one(
         engines.open_engine(path, settings.engine) as engine,
         records_path.open("a", encoding="utf-8") as stream,
     ):
-        for key, example in zip(keys, examples, strict=True):
-            if key in known:
-                continue
-            known[key] = outcome = measure_record(engine, key, example, settings.max_new_tokens)
+        missing = [(key, example) for key, example in zip(keys, examples, strict=True) if key not in known]
+        prompts = [engine.chat_format.question_ids(example.question) for _, example in missing]
+        for index, new in engine.generate_many(prompts, settings.max_new_tokens):
+            key, example = missing[index]
+            known[key] = outcome = measure_record(engine, key, example, new, settings.max_new_tokens)
             stream.write(outcome.model_dump_json() + "\n")
             stream.flush()
             progress.advance(task)
     return [known[key] for key in keys]
 
 
-def measure_record(engine: Engine, key: str, example: Example, max_new_tokens: int) -> RecordOutcome:
-    """Likelihood of the reference's thought and answer given the prompt, and its own greedy output."""
+def measure_record(
+    engine: Engine, key: str, example: Example, new: Sequence[int], max_new_tokens: int
+) -> RecordOutcome:
+    """Likelihood of the reference's thought and answer given the prompt; the form of its own output."""
     prompt, thought, answer = engine.chat_format.encode_parts(example)
     log_probabilities = engine.token_log_probabilities([*prompt, *thought, *answer])
     # Value i belongs to id i + 1.
     of_thought = log_probabilities[len(prompt) - 1 : len(prompt) - 1 + len(thought)]
     of_answer = log_probabilities[len(prompt) - 1 + len(thought) :]
-    new = engine.generate(engine.chat_format.question_ids(example.question), max_new_tokens)
     output = engine.text(new)
     return RecordOutcome(
         key=key,
@@ -238,9 +275,7 @@ def _check_distinct_names(paths: Sequence[Path]) -> None:
     names = [path.name for path in paths]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise MedcotError(
-            f"Two models are called {twice[0]}: rename one, since results go by the file's name."
-        )
+        raise MedcotError(f"Two models are called {twice[0]}: rename one, since results go by the file's name.")
 
 
 def _progress() -> Progress:

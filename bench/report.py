@@ -162,13 +162,9 @@ def _which_file(run: Run) -> Line:
     if run.exported is None:
         return Line("There is no GGUF yet: the export stage has not finished.", "bad")
     shipped = next(file for file in run.exported.files if file.name == run.exported.ship)
-    size = (
-        f"{shipped.quantization}, {_bytes(shipped.size_bytes)}, {shipped.bits_per_weight:.2f} bits per weight"
-    )
+    size = f"{shipped.quantization}, {_bytes(shipped.size_bytes)}, {shipped.bits_per_weight:.2f} bits per weight"
     if run.verified is not None and not run.verified.passed:
-        return Line(
-            f"Do not use {shipped.name} ({size}) before the failed checks below are understood.", "bad"
-        )
+        return Line(f"Do not use {shipped.name} ({size}) before the failed checks below are understood.", "bad")
     return Line(f"Use {shipped.name} ({size}).", "good")
 
 
@@ -245,9 +241,7 @@ def _metrics(tuned: ModelEvaluation, base: ModelEvaluation) -> list[Metric]:
                 False,
                 False,
             ),
-            Metric(
-                "One closed thought, then an answer", tuned.well_formed, base.well_formed, True, True, True
-            ),
+            Metric("One closed thought, then an answer", tuned.well_formed, base.well_formed, True, True, True),
         ]
     return [*metrics, Metric("Ended its turn itself", tuned.finished, base.finished, True, True)]
 
@@ -330,17 +324,13 @@ def _single_evaluations(evaluation: Evaluation) -> Section:
         for metric in list_
     )
     note = "In brackets the 95 % interval."
-    return Section(
-        "Evaluation", tables=(Table(("Model", "Measure", "Value", "Records"), "llrr", rows, note),)
-    )
+    return Section("Evaluation", tables=(Table(("Model", "Measure", "Value", "Records"), "llrr", rows, note),))
 
 
 def _verification_section(verification: Verification | None) -> Section | None:
     if verification is None:
         return None
-    rows = tuple(
-        (check.name, "passed" if check.passed else "FAILED", check.detail) for check in verification.checks
-    )
+    rows = tuple((check.name, "passed" if check.passed else "FAILED", check.detail) for check in verification.checks)
     return Section("Verification", tables=(Table(("Check", "Result", "What was found"), "lll", rows),))
 
 
@@ -390,17 +380,16 @@ def _training_section(trained: TrainedAdapter | None) -> Section | None:
         ("Device", f"{trained.device}, {trained.dtype}{', base in 4 bit' if trained.load_in_4bit else ''}"),
         (
             "Trained",
-            f"{trained.trainable_parameters:,} of {trained.total_parameters:,} parameters ({share:.2%})",
+            f"{trained.trainable_parameters:,} of {trained.total_parameters:,} parameters ({100 * share:.2f} %)",
         ),
         (
             "Steps",
-            f"{trained.steps} in {_duration(trained.train_seconds)}, "
-            f"{trained.tokens_per_second:.0f} tokens/s",
+            f"{trained.steps} in {_duration(trained.train_seconds)}, {trained.tokens_per_second:.0f} tokens/s",
         ),
         (
             "Held-out loss",
             f"{trained.eval_loss_before:.3f} before, {trained.eval_loss_after:.3f} after "
-            f"({abs(change):.0%} {'lower' if change >= 0 else 'higher'})",
+            f"({_percent(abs(change))} {'lower' if change >= 0 else 'higher'})",
         ),
     )
     if trained.resumed_from_step is not None:
@@ -463,7 +452,7 @@ def _stages_section(run: Run) -> Section:
             "done",
             _duration(manifest.seconds),
             _bytes(manifest.peak_memory_bytes),
-            f"{len(manifest.files)} files, {_bytes(size)}",
+            f"{len(manifest.files)} {'file' if len(manifest.files) == 1 else 'files'}, {_bytes(size)}",
         )
 
     header = ("Stage", "State", "Time", "Peak memory", "Artifact")

@@ -17,13 +17,14 @@ from pathlib import Path
 import psutil
 from pydantic import ValidationError
 from rich.console import Console
+from rich.table import Table
 
-from bench.engines import usable_cores
 from bench.speed_probe import ProbeRequest
+from bench.statistics import percentile
 from pipeline.artifacts import Artifact, write_json
 from pipeline.config import BenchConfig, Config
 from pipeline.errors import MedcotError
-from pipeline.hardware import cpu_name
+from pipeline.hardware import cpu_name, usable_cores
 from pipeline.results import Benchmark, ExportedModels, Speed
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -41,14 +42,36 @@ def bench(config: Config, inputs: dict[str, Path], out_dir: Path) -> Benchmark:
     return _measure_all(requests, out_dir)
 
 
+def bench_files(
+    paths: Sequence[Path], *, repeats: int = 5, out_dir: Path | None = None, threads: int | None = None
+) -> Benchmark:
+    """The command: GGUF files, model folders and adapter folders; ``out_dir`` None writes no file."""
+    return bench_models(paths, BenchConfig.model_validate({"repeats": repeats}), out_dir, threads=threads)
+
+
 def bench_models(
     paths: Sequence[Path], settings: BenchConfig, out_dir: Path | None, *, threads: int | None = None
 ) -> Benchmark:
-    """The command: GGUF files, model folders and adapter folders; ``out_dir`` None writes no file."""
     for path in paths:
         if not path.exists():
             raise MedcotError(f"{path} does not exist: name a GGUF or a model's folder.")
     return _measure_all([_request(path, settings, 0, None, threads) for path in paths], out_dir)
+
+
+def print_benchmark(benchmark: Benchmark) -> None:
+    """One row a model on standard output, medians of the repeats."""
+    table = Table("model", "weights", "prompt, tokens/s", "generation, tokens/s", "first token, s", "peak memory, MB")
+    for model in benchmark.models:
+        table.add_row(
+            model.model,
+            f"{model.engine}, {model.weights}",
+            f"{percentile(model.prompt_tokens_per_second, 0.5):.0f}",
+            f"{percentile(model.generated_tokens_per_second, 0.5):.1f}",
+            f"{percentile(model.time_to_first_token_seconds, 0.5):.2f}",
+            f"{model.peak_memory_bytes / 1e6:.0f}",
+        )
+    Console().print(table)
+    Console().print(f"{benchmark.machine}; {benchmark.threads} threads", highlight=False)
 
 
 def _request(
@@ -113,9 +136,7 @@ def probe(request: ProbeRequest) -> Speed:
         try:
             return Speed.model_validate_json(last_line)
         except ValidationError as error:
-            raise MedcotError(
-                f"Measuring {request.label} gave no result (last line: {last_line!r:.80})."
-            ) from error
+            raise MedcotError(f"Measuring {request.label} gave no result (last line: {last_line!r:.80}).") from error
     raise MedcotError(f"Measuring {request.label} failed: {_reason(child)}")
 
 
@@ -125,7 +146,5 @@ def _reason(child: subprocess.CompletedProcess[str]) -> str:
         return said
     number = -child.returncode
     if number == signal.SIGKILL:
-        return (
-            "the process was killed, most often for want of memory: close programs or take a smaller model."
-        )
+        return "the process was killed, most often for want of memory: close programs or take a smaller model."
     return f"the process died of {signal.Signals(number).name}; the file may be damaged ({said:.200})."

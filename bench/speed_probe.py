@@ -76,8 +76,7 @@ def measure(request: ProbeRequest) -> Speed:
             ],
             generated_tokens=request.generated_tokens,
             generated_tokens_per_second=[
-                request.generated_tokens / engine.decode_seconds(ids(request.generated_tokens))
-                for _ in repeats
+                request.generated_tokens / engine.decode_seconds(ids(request.generated_tokens)) for _ in repeats
             ],
             time_to_first_token_seconds=[engine.prompt_seconds(question) for _ in repeats],
             peak_memory_bytes=peak_memory_bytes(),

@@ -130,9 +130,7 @@ def _describe_turn(turn: Turn) -> str:
     if turn.finished == "stopped":
         figures.append("stopped")
     elif turn.finished == "length":
-        figures.append(
-            "cut off at the token limit" + ("" if turn.answer else " before the answer: raise the limit")
-        )
+        figures.append("cut off at the token limit" + ("" if turn.answer else " before the answer: raise the limit"))
     elif not turn.answer:
         figures.append("the model ended without an answer")
     return "[" + ", ".join(figures) + "]"

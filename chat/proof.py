@@ -113,9 +113,7 @@ def _explain_death(path: Path, status: int, stderr: str) -> str:
         )
     if status == -signal.SIGKILL:
         return f"{died}: most likely the machine has too little free memory for this file."
-    return (
-        f"{died} ({told:.200}): the file is damaged or its vocabulary is wrong; download or export it again."
-    )
+    return f"{died} ({told:.200}): the file is damaged or its vocabulary is wrong; download or export it again."
 
 
 def _signal_name(number: int) -> str:
@@ -166,9 +164,7 @@ def _try_model(path: Path) -> Proof:
         ids = model.chat_format.question_ids(PROBE)
         model.text(ids)
         if not np.isfinite(next(model.logits(ids[-1:]))).all():
-            raise MedcotError(
-                f"{path} computes numbers that are not finite: its weights are damaged; export it again."
-            )
+            raise MedcotError(f"{path} computes numbers that are not finite: its weights are damaged; export it again.")
         length = model.metadata.get(f"{model.metadata.get('general.architecture')}.context_length")
         return Proof(context_length=int(length) if length and length.isdecimal() else None)
 

@@ -1,4 +1,4 @@
-"""What a Hugging Face model is in GGUF: its tensors under their GGUF names, and its hyperparameters as metadata.
+"""What a Hugging Face model is in GGUF: its tensors under their GGUF names, its hyperparameters as metadata.
 
 Follows llama.cpp's converter (``conversion/llama.py``) and the key names of
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
@@ -26,7 +26,7 @@ _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 
 @dataclass(frozen=True)
 class ModelTensor:
-    """One tensor of the GGUF. ``source`` is its Hugging Face name; ``values`` stands instead of it where computed.
+    """One tensor of the GGUF: ``source`` is its Hugging Face name, or ``values`` its content where computed.
 
     ``order`` lists the source's rows in the order that GGUF wants them; None leaves them as they are.
     """
@@ -63,7 +63,7 @@ class LlamaArchitecture:
         return ModelShape(self.layers, self.heads, self.kv_heads, self.tied)
 
     def tensors(self) -> list[ModelTensor]:
-        """All tensors in the order in which checkpoints store them, so that shards are read one after another."""
+        """All tensors in the order in which checkpoints store them, so that shards are read in turn."""
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, self.layers)
         tensors = []
         factors = self._rope_factors()
@@ -76,7 +76,7 @@ class LlamaArchitecture:
         return tensors
 
     def unknown(self, stored: set[str]) -> list[str]:
-        """Tensors of the checkpoint that this architecture has no place for, so that none is lost in silence."""
+        """Tensors of the checkpoint that this architecture has no place for; none is lost in silence."""
         known = {source for source, _, _ in self._sources()} | ({"lm_head.weight"} if self.tied else set())
         return sorted(name for name in stored - known if not name.endswith(_IGNORED_SUFFIXES))
 
@@ -127,7 +127,7 @@ class LlamaArchitecture:
         return sources
 
     def _rope_factors(self) -> FloatRows | None:
-        """Llama 3's divisors of the rotary frequencies, one per pair of dimensions; None without that scaling.
+        """Llama 3's divisors of the rotary frequencies, one a pair of dimensions; None without that scaling.
 
         Long wavelengths are slowed by ``factor``, short ones left alone, those between interpolated:
         ``_compute_llama3_parameters`` in transformers' modeling_rope_utils.py.
@@ -138,9 +138,7 @@ class LlamaArchitecture:
         low, high = self._rope_number("low_freq_factor"), self._rope_number("high_freq_factor")
         trained_context = self._rope_number("original_max_position_embeddings")
         dimensions = np.arange(0, self.head_dim, 2, dtype=np.float32)
-        frequencies = np.float32(1) / np.float32(self._rope_number("rope_theta")) ** (
-            dimensions / self.head_dim
-        )
+        frequencies = np.float32(1) / np.float32(self._rope_number("rope_theta")) ** (dimensions / self.head_dim)
         wavelengths = np.float32(2 * math.pi) / frequencies
         smooth = (trained_context / wavelengths - low) / (high - low)
         between = 1 / ((1 - smooth) / factor + smooth)
@@ -162,8 +160,8 @@ class LlamaArchitecture:
             )
         if unsupported:
             raise MedcotError(
-                f"{self._origin} has {', '.join(unsupported)}; export writes Llama models with SiLU, no biases, and "
-                "default, linear or llama3 rotary scaling."
+                f"{self._origin} has {', '.join(unsupported)}; export writes Llama models with SiLU, no "
+                "biases, and default, linear or llama3 rotary scaling."
             )
 
     def _integer(self, key: str, default: int | None = None) -> int:
@@ -188,14 +186,13 @@ def read_architecture(base: Path) -> LlamaArchitecture:
     config = read_json(path)
     named = config.get("architectures") or []
     if not named or named[0] not in SUPPORTED:
-        raise MedcotError(
-            f"{path} names the architecture {named[0] if named else 'none'}; export writes {', '.join(SUPPORTED)}."
-        )
+        found = named[0] if named else "none"
+        raise MedcotError(f"{path} names the architecture {found}; export writes {', '.join(SUPPORTED)}.")
     return LlamaArchitecture(config, path)
 
 
 def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary settings from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (before)."""
+    """Rotary settings from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling``."""
     merged = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = merged.get("rope_type") or merged.get("type") or "default"
     theta = merged.get("rope_theta") or config.get("rope_theta") or 10000.0
@@ -203,6 +200,6 @@ def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rotary_order(heads: int, head_dim: int) -> RowIndices:
-    """Row order of q and k in GGUF: Hugging Face keeps a head's halves apart, GGUF interleaves them in pairs."""
+    """Row order of q and k in GGUF: Hugging Face keeps a head's halves apart, GGUF interleaves them."""
     rows = np.arange(heads * head_dim, dtype=np.int64).reshape(heads, 2, head_dim // 2)
     return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(-1)

@@ -2,8 +2,8 @@
 
     medcot export --base BASE --adapter DIR --out DIR --quant F16 --quant Q4_K_M
 
-Each tensor is read a block of rows at a time, the adapter's change is added in 32 bit, and every file gets the block
-in its own type; neither a merged checkpoint nor a whole tensor is ever in memory.
+Each tensor is read a block of rows at a time, the adapter's change is added in 32 bit, and every file gets
+the block in its own type; neither a merged checkpoint nor a whole tensor is ever in memory.
 """
 
 from __future__ import annotations
@@ -79,11 +79,11 @@ def export_models(
     ship: str | None = None,
     system: str | None = None,
 ) -> ExportedModels:
-    """Write ``<name>-<QUANT>.gguf`` for each quantization, ``<name>-base-<QUANT>.gguf`` and an Ollama Modelfile.
+    """Write ``<name>-<QUANT>.gguf`` for each quantization, ``<name>-base-<QUANT>.gguf`` and a Modelfile.
 
-    ``base`` is a folder as Hugging Face lays it out. The tokenizer and chat template come from the adapter's folder
-    where it has them. ``ship`` is the quantization that the Modelfile names (default: the last one). All files
-    appear together at the end, or none; raises MedcotError.
+    ``base`` is a folder as Hugging Face lays it out. The tokenizer and chat template come from the adapter's
+    folder where it has them. ``ship`` is the quantization that the Modelfile names (default: the last one).
+    All files appear together at the end, or none; raises MedcotError.
     """
     architecture = read_architecture(base)
     weights = BaseWeights(base)
@@ -125,9 +125,7 @@ def tokenizer_folder(base: Path, adapter: Path | None) -> Path:
     return base
 
 
-def _check_tensors(
-    architecture: LlamaArchitecture, weights: BaseWeights, tensors: Sequence[ModelTensor]
-) -> None:
+def _check_tensors(architecture: LlamaArchitecture, weights: BaseWeights, tensors: Sequence[ModelTensor]) -> None:
     for tensor in tensors:
         if tensor.source is None:
             continue
@@ -140,8 +138,8 @@ def _check_tensors(
     unknown = architecture.unknown(set(weights.names))
     if unknown:
         raise MedcotError(
-            f"{weights.folder} holds {len(unknown)} tensors that a {architecture.name} model has no place for, such "
-            f"as {unknown[0]}: config.json names the wrong architecture, or the base is quantized."
+            f"{weights.folder} holds {len(unknown)} tensors that {architecture.name} models have no place "
+            f"for, such as {unknown[0]}: config.json names the wrong architecture, or the base is quantized."
         )
 
 
@@ -157,8 +155,7 @@ def _outputs(
     if not quantizations:
         raise MedcotError("No quantization is asked for: name at least one, for example Q4_K_M.")
     wanted: dict[str, tuple[Role, str]] = {
-        f"{name}-{file_type(quantization).name}.gguf": ("tuned", quantization)
-        for quantization in quantizations
+        f"{name}-{file_type(quantization).name}.gguf": ("tuned", quantization) for quantization in quantizations
     }
     if base_quantization:
         wanted[f"{name}-base-{file_type(base_quantization).name}.gguf"] = ("base", base_quantization)
@@ -203,7 +200,7 @@ def _write_files(
     tensors: Sequence[ModelTensor],
     progress: Progress,
 ) -> int:
-    """Write all files side by side and rename them at the end. Returns the number of tensors the adapter changed."""
+    """Write all files side by side, rename them at the end; returns how many tensors the adapter changed."""
     total = sum(math.prod(tensor.shape) for tensor in tensors)
     done = 0
     merged: set[str] = set()
@@ -226,16 +223,14 @@ def _write_files(
                 file.finish()
     except OSError as error:
         reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
-        raise MedcotError(
-            f"Writing to {outputs[0].path.parent} failed: {reason}. No file was left behind."
-        ) from error
+        raise MedcotError(f"Writing to {outputs[0].path.parent} failed: {reason}. No file was left behind.") from error
     return len(merged)
 
 
 def _blocks(
     tensor: ModelTensor, weights: BaseWeights, lora: LoraAdapter | None
 ) -> Iterator[tuple[FloatRows, FloatRows]]:
-    """Blocks of rows as (base, base with the adapter), in GGUF's row order; one object twice where they are equal."""
+    """Blocks of rows as (base, base with the adapter) in GGUF's order; one object twice where equal."""
     if tensor.source is None:
         assert tensor.values is not None
         yield tensor.values.reshape(1, -1), tensor.values.reshape(1, -1)
@@ -252,9 +247,7 @@ def _blocks(
         yield plain, tuned
 
 
-def _write_block(
-    index: int, plain: FloatRows, tuned: FloatRows, files: Sequence[tuple[Role, GgufFile]]
-) -> None:
+def _write_block(index: int, plain: FloatRows, tuned: FloatRows, files: Sequence[tuple[Role, GgufFile]]) -> None:
     """Give every file its block; the same rows in the same type are quantized once."""
     finished: dict[tuple[int, int], npt.NDArray[np.uint8]] = {}
     for role, file in files:

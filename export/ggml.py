@@ -19,9 +19,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from pipeline.errors import MedcotError
 
-_BLOCK_WEIGHTS = (
-    1 << 17
-)  # weights a thread takes at a time: large enough to hide the call, small enough to share out
+_BLOCK_WEIGHTS = 1 << 17  # weights a thread takes at a time: large enough to hide the call, small enough to share out
 _LIBRARY_NAMES = {"darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}
 
 
@@ -75,9 +73,7 @@ def _library() -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise MedcotError(
-            f"ggml's library cannot be loaded ({error}): reinstall llama-cpp-python."
-        ) from error
+        raise MedcotError(f"ggml's library cannot be loaded ({error}): reinstall llama-cpp-python.") from error
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     library.ggml_quantize_chunk.argtypes = [
         ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64,

@@ -1,4 +1,4 @@
-"""A GGUF written from front to back: header, metadata and tensor list first, then tensors a block of rows at a time.
+"""A GGUF written from front to back: header, metadata, list of tensors, then tensors by blocks of rows.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """

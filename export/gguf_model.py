@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import MedcotError
+from pipeline.hardware import usable_cores
 from pipeline.prompts import ChatFormat
 from pipeline.vocabulary import LlamaCppVocabulary
 
@@ -37,6 +38,7 @@ class GgufModel:
         system: str | None = None,
     ) -> None:
         check_is_gguf(path)
+        threads = n_threads or usable_cores()  # llama-cpp-python would take half of them
         self.path = path
         self.system = system
         try:
@@ -44,8 +46,8 @@ class GgufModel:
                 str(path),
                 n_ctx=n_ctx,
                 n_batch=n_batch,
-                n_threads=n_threads,
-                n_threads_batch=n_threads,
+                n_threads=threads,
+                n_threads_batch=threads,
                 n_gpu_layers=n_gpu_layers,
                 verbose=False,
             )
@@ -101,7 +103,7 @@ class GgufModel:
         Only one block is held at a time; it is valid until the next one is asked for.
         """
         if len(ids) > self.n_ctx:
-            raise MedcotError(f"{len(ids)} tokens do not fit the context of {self.n_ctx} that {self.path} was opened with.")
+            raise MedcotError(f"{len(ids)} tokens do not fit the context of {self.n_ctx} of {self.path}.")
         self._llama.reset()
         context = self._llama.ctx
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
@@ -120,7 +122,7 @@ class GgufModel:
                     raise MedcotError(f"llama.cpp could not evaluate tokens {start}.. of {self.path}.")
                 pointer = llama_cpp.llama_get_logits(context)
                 address = ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float * (len(block) * self.n_vocab)))
-                yield np.frombuffer(address.contents, dtype=np.float32).reshape(len(block), self.n_vocab)
+                yield np.ctypeslib.as_array(address.contents).reshape(len(block), self.n_vocab)
         finally:
             llama_cpp.llama_batch_free(batch)
             llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
@@ -192,7 +194,7 @@ def check_is_gguf(path: Path) -> None:
         with path.open("rb") as stream:
             magic = stream.read(4)
     except FileNotFoundError as error:
-        raise MedcotError(f"{path} does not exist: name a GGUF file, for example runs/smollm2-cpu/gguf/*.gguf.") from error
+        raise MedcotError(f"{path} does not exist: name a GGUF file (medcot export writes one).") from error
     except OSError as error:
         raise MedcotError(f"{path} cannot be read: {error.strerror}.") from error
     if magic != GGUF_MAGIC:

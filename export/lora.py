@@ -25,8 +25,8 @@ _MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 # Settings of peft that change the arithmetic in ways that are not merged here; each is off in plain LoRA.
 _UNSUPPORTED = (
     "use_dora", "use_qalora", "use_bdlora", "modules_to_save", "trainable_token_indices", "target_parameters",
-    "layer_replication", "lora_bias", "fan_in_fan_out", "alora_invocation_tokens", "arrow_config", "kasa_config",
-    "velora_config", "monteclora_config",
+    "layer_replication", "lora_bias", "fan_in_fan_out", "alora_invocation_tokens", "arrow_config",
+    "kasa_config", "velora_config", "monteclora_config",
 )  # fmt: skip
 # Initialisations that leave the base weights alone; others (PiSSA, OLoRA, LoftQ, CorDA) change the base too.
 _PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -68,7 +68,7 @@ class LoraAdapter:
         for name, change in self.changes.items():
             if name not in shapes:
                 raise MedcotError(
-                    f"{self.folder} is an adapter for another model: it changes {name}, which the base does not have."
+                    f"{self.folder} is an adapter for another model: it changes {name}, which the base lacks."
                 )
             if change.shape != shapes[name]:
                 raise MedcotError(
@@ -94,8 +94,8 @@ def _check_supported(folder: Path, config: Mapping[str, Any]) -> None:
         used.append(f"init_lora_weights={config['init_lora_weights']}")
     if used:
         raise MedcotError(
-            f"{folder} uses {', '.join(used)}; export merges plain LoRA and rsLoRA adapters of linear layers. "
-            "Merge it with peft's merge_and_unload and export the result as a base."
+            f"{folder} uses {', '.join(used)}; export merges plain LoRA and rsLoRA adapters of linear "
+            "layers. Merge it with peft's merge_and_unload and export the result as a base."
         )
 
 
@@ -106,14 +106,12 @@ def _read_changes(path: Path, config: Mapping[str, Any]) -> dict[str, LowRankCha
         match = _MATRIX.fullmatch(name.removeprefix(_PREFIX))
         if match is None:
             raise MedcotError(
-                f"{path} holds {name}, which is no LoRA matrix of a linear layer; export merges plain LoRA and "
-                "rsLoRA adapters of linear layers."
+                f"{path} holds {name}, which is no LoRA matrix of a linear layer; export merges plain LoRA "
+                "and rsLoRA adapters of linear layers."
             )
         values = file.rows(name, slice(None))
         if not np.isfinite(values).all():
-            raise MedcotError(
-                f"{path}: {name} holds NaN or infinite values; the training that made it diverged."
-            )
+            raise MedcotError(f"{path}: {name} holds NaN or infinite values; the training that made it diverged.")
         matrices.setdefault(match["module"], {})[match["side"]] = values
     changes = {}
     for module, sides in matrices.items():
@@ -134,7 +132,5 @@ def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
             alpha = value
             break
     if not isinstance(alpha, int | float):
-        raise MedcotError(
-            f"{CONFIG_NAME} names no lora_alpha (found {alpha!r}): the adapter's scale is unknown."
-        )
+        raise MedcotError(f"{CONFIG_NAME} names no lora_alpha (found {alpha!r}): the adapter's scale is unknown.")
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -83,13 +83,9 @@ def write_modelfile(path: Path, gguf_name: str, vocabulary: Vocabulary, system: 
     An unknown chat template is left to Ollama, which then guesses from the GGUF's own; the file says so.
     """
     lines = [f"FROM ./{gguf_name}"]
-    known = next(
-        (each for each in _FORMATS if all(mark in vocabulary.chat_template for mark in each.marks)), None
-    )
+    known = next((each for each in _FORMATS if all(mark in vocabulary.chat_template for mark in each.marks)), None)
     if known is None:
-        lines.append(
-            "# The chat template is of no known family; Ollama uses the one inside the GGUF as far as it can."
-        )
+        lines.append("# The chat template is of no known family; Ollama uses the one inside the GGUF as far as it can.")
     else:
         lines.append(f'TEMPLATE """{known.template}"""')
     system = system if system is not None else _default_system(vocabulary)

@@ -1,7 +1,7 @@
 """Which ggml type each tensor gets in a file of a given quantization.
 
-The rules are llama.cpp's (``src/llama-quant.cpp``: ``llama_tensor_get_type_impl`` and ``tensor_type_fallback``) for
-dense models without an importance matrix, so that a file is the one ``llama-quantize`` would write.
+The rules are llama.cpp's (``src/llama-quant.cpp``: ``llama_tensor_get_type_impl``, ``tensor_type_fallback``)
+for dense models without an importance matrix, so that a file is the one ``llama-quantize`` would write.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as T
+from gguf import LlamaFileType as F
 
 from pipeline.errors import MedcotError
-
-T = GGMLQuantizationType
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ModelShape:
 
     @property
     def is_70b(self) -> bool:
-        """llama.cpp's test for Llama-2-70B and its kin, whose attn_v is small enough to spend more bits on."""
+        """llama.cpp's test for Llama-2-70B and its kin, whose attn_v is small enough for more bits."""
         return self.layers == 80 and self.heads != self.kv_heads
 
 
@@ -45,7 +45,7 @@ class FileType:
     """One quantization: the default type of its matrices, and rules for those that matter more or less."""
 
     name: str
-    number: LlamaFileType
+    number: F
     default: T
     rules: dict[str, Rule] = field(default_factory=dict)
 
@@ -77,7 +77,6 @@ def _if_grouped(ggml_type: T, otherwise: T | None = None) -> Rule:
     return lambda layer, shape: ggml_type if shape.heads_per_kv_head >= 4 else otherwise
 
 
-F = LlamaFileType
 FILE_TYPES = {
     file_type.name: file_type
     for file_type in (
@@ -86,13 +85,9 @@ FILE_TYPES = {
         FileType("BF16", F.MOSTLY_BF16, T.BF16),
         FileType("Q8_0", F.MOSTLY_Q8_0, T.Q8_0),
         FileType("Q6_K", F.MOSTLY_Q6_K, T.Q6_K),
-        FileType(
-            "Q5_K_M", F.MOSTLY_Q5_K_M, T.Q5_K, {"attn_v": _more_bits(T.Q6_K), "ffn_down": _more_bits(T.Q6_K)}
-        ),
+        FileType("Q5_K_M", F.MOSTLY_Q5_K_M, T.Q5_K, {"attn_v": _more_bits(T.Q6_K), "ffn_down": _more_bits(T.Q6_K)}),
         FileType("Q5_K_S", F.MOSTLY_Q5_K_S, T.Q5_K),
-        FileType(
-            "Q4_K_M", F.MOSTLY_Q4_K_M, T.Q4_K, {"attn_v": _more_bits(T.Q6_K), "ffn_down": _more_bits(T.Q6_K)}
-        ),
+        FileType("Q4_K_M", F.MOSTLY_Q4_K_M, T.Q4_K, {"attn_v": _more_bits(T.Q6_K), "ffn_down": _more_bits(T.Q6_K)}),
         FileType(
             "Q4_K_S",
             F.MOSTLY_Q4_K_S,

@@ -1,4 +1,4 @@
-"""Texts on which two tokenizers that differ anywhere will differ: scripts, emoji, code, white space, digits."""
+"""Texts on which tokenizers that differ anywhere will differ: scripts, emoji, code, white space, digits."""
 
 from __future__ import annotations
 
@@ -22,20 +22,25 @@ _EMOJI = (
     "a😀b 😀 c  😀\n😀\t🦙.cpp ✅✔️ …‥․",
 )
 _CODE = (
-    "def dose(kg: float) -> float:\n    return kg * 0.1  # mg/kg\n\n\nclass A:\n\tx = {'a': [1, 2], \"b\": None}\n",
+    "def dose(kg: float) -> float:\n    return kg * 0.1  # mg/kg\n\n\n",
+    "class A:\n\tx = {'a': [1, 2], \"b\": None}\n\n    def f(self):\n        pass\n",
     '<div class="x">&amp;<br/></div>\n```json\n{"k": [1e-9, -0.5, true]}\n```\n| a | b |\n|---|---|\n',
-    "https://example.org/a?b=c&d=%20#e user@example.org C:\\temp\\x $HOME ~/.x ^_^ `x` **b** __i__ ~~s~~ $x^2_i$",
+    "https://example.org/a?b=c&d=%20#e user@example.org C:\\temp\\x $HOME ~/.x",
+    "^_^ `x` **b** __i__ ~~s~~ $x^2_i$",
     "===== ------ ______ ****** ###### !!!! ???? .... ,,, ;;; ::: ''' \"\"\" ``` ((([[[{{{}}}]]])))",
     "a+b-c*d/e%f&g|h!i=j<k>l, a->b, a=>b, a!=b, a<=b, x++; y--; **kwargs, //, /* */",
 )
 _WHITESPACE = (
-    " ", "  ", "   ", "\n", "\n\n", "\n\n\n", "\t", "\t\t", " \n", "\n ", " \n \n  \n   \n", "\r\n", "\r\n\r\n", "\r",
-    "a b", " a", "  a", "   a", "a ", "a  ", "a   b    c", "\ta", "a\t b \t c", "a\n b", "a \nb", "a\n\n  b\n\n\n",
-    "a\u00a0b \u00a0 c\u2003d\u3000e\u200bf\u2028g\ufeffh", "\u00a0", "\u3000\u3000", "x\u000bx\u000cx\u0085x",
+    " ", "  ", "   ", "\n", "\n\n", "\n\n\n", "\t", "\t\t", " \n", "\n ", " \n \n  \n   \n", "\r\n",
+    "\r\n\r\n", "\r", "a b", " a", "  a", "   a", "a ", "a  ", "a   b    c", "\ta", "a\t b \t c",
+    "a\n b", "a \nb", "a\n\n  b\n\n\n",
+    "a\u00a0b \u00a0 c\u2003d\u3000e\u200bf\u2028g\ufeffh", "\u00a0", "\u3000\u3000",
+    "x\u000bx\u000cx\u0085x",
 )  # fmt: skip
 _DIGITS = (
     "0 1 12 123 1234 12345 123456 1234567 12345678 123456789012345678901234567890",
-    "3.14159 1,234,567.89 1e10 -7 +7 007 1st 2nd 3rd 12:34:56 2024-02-29 50% 5mg 10mL 1/2 ¼ ٣٤ १२ ⅔ x2 H2O CO₂",
+    "3.14159 1,234,567.89 1e10 -7 +7 007 1st 2nd 3rd 12:34:56 2024-02-29 50% 5mg 10mL",
+    "1/2 ¼ ٣٤ १२ ⅔ x2 H2O CO₂",
 )
 _ODD = (
     "a",
@@ -44,7 +49,8 @@ _ODD = (
     "'",
     "'s",
     "'S 'T 're 'RE 'Ll 'D it's IT'S it’s",
-    "<", "<|", "<|im", "<|im_start", "|>", "</", "<think", "</think", "<s", "<s >", "<unk", "< think>", "▁", "▁a ▁▁b",
+    "<", "<|", "<|im", "<|im_start", "|>", "</", "<think", "</think", "<s", "<s >", "<unk", "< think>",
+    "▁", "▁a ▁▁b",
     "Ġ", "Ċ", "<0x0A>", "[PAD0]", "\u0001\u0002\u001f\u007f", "\ue000\uf8ff", "\U0010ffff", "\ufffd",
     "supercalifragilisticexpialidocious pneumonoultramicroscopicsilicovolcanoconiosis",
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",

@@ -1,8 +1,8 @@
-"""A Hugging Face tokenizer as GGUF metadata: tokens, their types, merges or scores, special ids, chat template.
+"""A Hugging Face tokenizer as GGUF metadata: tokens, types, merges or scores, special ids, chat template.
 
-Two kinds exist: byte-level BPE (``tokenizer.ggml.model`` = gpt2: SmolLM2, Llama 3, R1-Distill) and SentencePiece
-(= llama: Llama 2, TinyLlama). What is written equals what llama.cpp's converter writes (``conversion/base.py``),
-but is read from the tokenizer's own description instead of guessed from hashes.
+Two kinds exist: byte-level BPE (``tokenizer.ggml.model`` = gpt2: SmolLM2, Llama 3, R1-Distill) and
+SentencePiece (= llama: Llama 2, TinyLlama). What is written equals what llama.cpp's converter writes
+(``conversion/base.py``), but is read from the tokenizer's own description instead of guessed from hashes.
 """
 
 from __future__ import annotations
@@ -84,23 +84,22 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
     """
     config = _optional_json(folder / "tokenizer_config.json")
     description = _optional_json(folder / "tokenizer.json")
+    model = description.get("model", {})
+    if model and model.get("type") != "BPE":
+        path, kind = folder / "tokenizer.json", model.get("type")
+        raise MedcotError(f"{path} is a {kind} tokenizer; export writes BPE and SentencePiece.")
+    if model and not model.get("byte_fallback"):
+        return _byte_level_bpe(folder, config, description, size)
+    # tokenizer.json comes first, because it is what transformers trained with: made from a tokenizer.model
+    # alone, transformers 5.17 merges runs of spaces otherwise than SentencePiece does.
+    if model:
+        return _sentencepiece(folder, config, description, _pieces_of_description(description), size)
     if (folder / "tokenizer.model").is_file():
         return _sentencepiece(folder, config, description, _pieces_of_model(folder), size)
-    if not description:
-        raise MedcotError(f"{folder} holds no {' or '.join(TOKENIZER_FILES)}: the tokenizer is missing.")
-    if description.get("model", {}).get("type") != "BPE":
-        kind = description.get("model", {}).get("type")
-        raise MedcotError(
-            f"{folder / 'tokenizer.json'} is a {kind} tokenizer; export writes BPE and SentencePiece."
-        )
-    if description["model"].get("byte_fallback"):
-        return _sentencepiece(folder, config, description, _pieces_of_description(description), size)
-    return _byte_level_bpe(folder, config, description, size)
+    raise MedcotError(f"{folder} holds no {' or '.join(TOKENIZER_FILES)}: the tokenizer is missing.")
 
 
-def _byte_level_bpe(
-    folder: Path, config: Mapping[str, Any], description: Mapping[str, Any], size: int
-) -> Vocabulary:
+def _byte_level_bpe(folder: Path, config: Mapping[str, Any], description: Mapping[str, Any], size: int) -> Vocabulary:
     pre = _pre_tokenizer_name(folder, description)
     texts: dict[int, str] = {index: text for text, index in description["model"]["vocab"].items()}
     types = dict.fromkeys(texts, TokenType.NORMAL)
@@ -151,7 +150,7 @@ def _sentencepiece(
         special_ids=special,
         add_bos=add_bos,
         add_eos=add_eos,
-        add_space_prefix=bool(config.get("add_prefix_space", True)),
+        add_space_prefix=_adds_space(description, config),
         chat_template=_chat_template(folder, config),
     )
 
@@ -176,16 +175,15 @@ def _pieces_of_model(folder: Path) -> Pieces:
         return TokenType.BYTE if model.IsByte(index) else TokenType.NORMAL
 
     return {
-        index: (model.IdToPiece(index), model.GetScore(index), kind(index))
-        for index in range(model.GetPieceSize())
+        index: (model.IdToPiece(index), model.GetScore(index), kind(index)) for index in range(model.GetPieceSize())
     }
 
 
 def _pieces_of_description(description: Mapping[str, Any]) -> Pieces:
     """The pieces of a SentencePiece vocabulary that was saved as tokenizer.json, where its scores are lost.
 
-    llama.cpp merges the pair with the highest score first, transformers the pair whose merge comes first, so a
-    piece's score is minus the place of the first merge that makes it.
+    llama.cpp merges the pair with the highest score first, transformers the pair whose merge comes first, so
+    a piece's score is minus the place of the first merge that makes it.
     """
     model = description["model"]
     places: dict[str, int] = {}
@@ -215,9 +213,10 @@ def _pre_tokenizer_name(folder: Path, description: Mapping[str, Any]) -> str:
     name = _PRE_TOKENIZERS.get(outline)
     normalizer = (description.get("normalizer") or {}).get("type")
     if name is None or (normalizer and (name, normalizer) != ("qwen2", "NFC")):
+        found = " + ".join([*outline, f"normalizer {normalizer}"] if normalizer else outline) or "no rule"
         raise MedcotError(
-            f"{folder / 'tokenizer.json'} splits text in a way export does not know ({' + '.join(outline) or 'none'}"
-            f"{f', normalizer {normalizer}' if normalizer else ''}); it knows {', '.join(_PRE_TOKENIZERS.values())}."
+            f"{folder / 'tokenizer.json'} splits text in a way export does not know ({found}); "
+            f"it knows {', '.join(_PRE_TOKENIZERS.values())}."
         )
     return name
 
@@ -251,8 +250,8 @@ def _padded(
     """Lists of the model's size; rows of the embedding beyond the tokenizer become unused tokens."""
     if max(texts) >= size:
         raise MedcotError(
-            f"The tokenizer in {folder} has ids up to {max(texts)}, the model {size} rows: tokens were added without "
-            "resizing the model, or the tokenizer belongs to another one."
+            f"The tokenizer in {folder} has ids up to {max(texts)}, the model {size} rows: tokens were added "
+            "without resizing the model, or the tokenizer belongs to another one."
         )
     return (
         [texts.get(index, f"[PAD{index}]") for index in range(size)],
@@ -274,9 +273,7 @@ def _special_ids(folder: Path, config: Mapping[str, Any], ids: Mapping[str, int]
         elif isinstance(model_config.get(f"{role}_token_id"), int):
             special[role] = model_config[f"{role}_token_id"]
     if "eos" not in special:
-        raise MedcotError(
-            f"{folder / 'tokenizer_config.json'} names no eos_token: the model could not end its turn."
-        )
+        raise MedcotError(f"{folder / 'tokenizer_config.json'} names no eos_token: the model could not end its turn.")
     return special
 
 
@@ -301,6 +298,17 @@ def _added_by_template(
     return False, False
 
 
+def _adds_space(description: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Whether a SentencePiece tokenizer puts a space before the first word; tokenizer.json decides."""
+    if not description:
+        return bool(config.get("add_prefix_space", True))
+    pre_tokenizer = description.get("pre_tokenizer") or {}
+    if pre_tokenizer.get("type") == "Metaspace":
+        return bool(pre_tokenizer.get("prepend_scheme") != "never")
+    normalizer = description.get("normalizer") or {}
+    return any(step.get("type") == "Prepend" for step in normalizer.get("normalizers", [normalizer]))
+
+
 def _merge_text(merge: str | list[str]) -> str:
     return merge if isinstance(merge, str) else " ".join(merge)
 
@@ -312,9 +320,7 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str:
     if isinstance(template, list):
         template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
     if not isinstance(template, str) or not template:
-        raise MedcotError(
-            f"{folder} holds no chat template (chat_template.jinja): the GGUF could not be chatted with."
-        )
+        raise MedcotError(f"{folder} holds no chat template (chat_template.jinja): the GGUF could not be chatted with.")
     return template
 
 

@@ -2,8 +2,8 @@
 
     python -m export.verify_probe FOLDER
 
-reads FOLDER/request.json and writes FOLDER/answer.json and FOLDER/logits-<n>.npy. It is a process of its own because
-libllama aborts on some broken files.
+reads FOLDER/request.json and writes FOLDER/answer.json and FOLDER/logits-<n>.npy. It is a process of its own
+because libllama aborts on some broken files.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ class Segments(BaseModel):
 
 
 class VocabularyView(BaseModel):
-    """What a tokenizer and chat template make of the request; both sides answer with one, and they are compared.
+    """What a tokenizer and chat template make of the request; both sides have one, and they are compared.
 
-    ``whole`` are texts tokenized in one piece, control tokens recognised; ``rendered`` is None where the template
-    refuses the conversation.
+    ``whole`` are texts tokenized in one piece, control tokens recognised; ``rendered`` is None where the
+    template refuses the conversation.
     """
 
     bos_token: str | None
@@ -116,8 +116,8 @@ def logits_path(folder: Path, index: int) -> Path:
 def main(folder: Path) -> None:
     request = Request.model_validate_json((folder / REQUEST_NAME).read_bytes())
     context = max([512, *map(len, request.evaluate)])
-    # ggml's threads wait for each other in busy loops: with as many as there are cores, one other busy process makes
-    # evaluation ten to twenty times slower.
+    # ggml's threads wait for each other in busy loops: with as many as there are cores, one other busy
+    # process makes evaluation ten to twenty times slower.
     threads = max(1, (os.cpu_count() or 1) // 2)
     with GgufModel(request.gguf, n_ctx=context, n_threads=threads, system=request.system) as model:
         chat_format = model.chat_format

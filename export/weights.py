@@ -1,8 +1,8 @@
 """Base weights from a local Hugging Face folder, any rows of any tensor, as float32.
 
-Reads ``model.safetensors`` or the shards that ``model.safetensors.index.json`` names. Files are memory-mapped, so
-only the rows asked for are read, and PyTorch is not needed. Format:
-https://huggingface.co/docs/safetensors/index#format (8 bytes of little-endian header length, a JSON header, data).
+Reads ``model.safetensors`` or the shards that ``model.safetensors.index.json`` names. Files are mapped into
+memory, so only the rows asked for are read, and PyTorch is not needed. Format (8 bytes of little-endian
+header length, a JSON header, data): https://huggingface.co/docs/safetensors/index#format
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ from pipeline.errors import MedcotError
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 # safetensors dtype -> what the bytes are read as; BF16 is the upper half of a float32.
-_STORED_AS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_STORED_AS: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 FloatRows = npt.NDArray[np.float32]
@@ -55,8 +59,8 @@ class SafetensorsFile:
         stored_as = _STORED_AS.get(tensor.dtype)
         if stored_as is None:
             raise MedcotError(
-                f"{self.path}: tensor {name} is stored as {tensor.dtype}; export reads 16- and 32-bit weights "
-                f"({', '.join(_STORED_AS)}). Give the unquantized base."
+                f"{self.path}: tensor {name} is stored as {tensor.dtype}; export reads 16- and 32-bit "
+                f"weights ({', '.join(_STORED_AS)}). Give the unquantized base."
             )
         count = (tensor.end - tensor.begin) // stored_as.itemsize
         flat = np.frombuffer(self._map, dtype=stored_as, count=count, offset=tensor.begin)
@@ -84,8 +88,8 @@ class BaseWeights:
             return self._files[name].tensors[name]
         except KeyError:
             raise MedcotError(
-                f"{self.folder} has no tensor {name}: the checkpoint is incomplete or its config.json belongs to "
-                "another model. Download it again."
+                f"{self.folder} has no tensor {name}: the checkpoint is incomplete or its config.json "
+                "belongs to another model. Download it again."
             ) from None
 
     def rows(self, name: str, rows: RowIndices | slice) -> FloatRows:
@@ -94,8 +98,8 @@ class BaseWeights:
         values = self._files[name].rows(name, rows)
         if not np.isfinite(values).all():
             raise MedcotError(
-                f"{self._files[name].path}: tensor {name} holds NaN or infinite values; the file is damaged or the "
-                "training that made it diverged."
+                f"{self._files[name].path}: tensor {name} holds NaN or infinite values; the file is "
+                "damaged or the training that made it diverged."
             )
         return values
 
@@ -109,9 +113,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise MedcotError(f"{path} is not valid JSON ({error}): download it again.") from error
     if not isinstance(value, dict):
-        raise MedcotError(
-            f"{path} holds a JSON {type(value).__name__}, not an object: it is not what it should be."
-        )
+        raise MedcotError(f"{path} holds a JSON {type(value).__name__}, not an object: it is not what it should be.")
     return value
 
 
@@ -150,16 +152,12 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-                raise MedcotError(
-                    f"{path} is truncated or not a safetensors file ({size} bytes): download it again."
-                )
+                raise MedcotError(f"{path} is truncated or not a safetensors file ({size} bytes): download it again.")
             header = json.loads(stream.read(length))
     except OSError as error:
         raise MedcotError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
-        raise MedcotError(
-            f"{path} is not a safetensors file (its header is no JSON): download it again."
-        ) from error
+        raise MedcotError(f"{path} is not a safetensors file (its header is no JSON): download it again.") from error
     try:
         tensors = {
             name: StoredTensor(
@@ -173,9 +171,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             if name != "__metadata__"
         }
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise MedcotError(
-            f"{path} is not a safetensors file (its header is malformed): download it again."
-        ) from error
+        raise MedcotError(f"{path} is not a safetensors file (its header is malformed): download it again.") from error
     _check_extents(path, size, tensors)
     return tensors
 
@@ -187,6 +183,4 @@ def _check_extents(path: Path, size: int, tensors: Mapping[str, StoredTensor]) -
     for name, tensor in tensors.items():
         stored_as = _STORED_AS.get(tensor.dtype)
         if stored_as and tensor.end - tensor.begin != int(np.prod(tensor.shape)) * stored_as.itemsize:
-            raise MedcotError(
-                f"{path}: the size of tensor {name} does not fit its shape {list(tensor.shape)}."
-            )
+            raise MedcotError(f"{path}: the size of tensor {name} does not fit its shape {list(tensor.shape)}.")

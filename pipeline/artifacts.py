@@ -109,9 +109,7 @@ def package_versions(names: tuple[str, ...]) -> dict[str, str]:
     return versions
 
 
-def fingerprint(
-    stage: str, config: Mapping[str, Any], inputs: Mapping[str, str], versions: Mapping[str, str]
-) -> str:
+def fingerprint(stage: str, config: Mapping[str, Any], inputs: Mapping[str, str], versions: Mapping[str, str]) -> str:
     """Hash of everything a stage's output depends on (SHA-256)."""
     return sha256_json([MANIFEST_FORMAT, stage, config, inputs, versions])
 
@@ -148,9 +146,7 @@ def artifact_files(folder: Path) -> list[Path]:
     return sorted(
         path
         for path in folder.rglob("*")
-        if path.is_file()
-        and path.relative_to(folder).parts[0] not in WORKING_NAMES
-        and not path.name.endswith(".tmp")
+        if path.is_file() and path.relative_to(folder).parts[0] not in WORKING_NAMES and not path.name.endswith(".tmp")
     )
 
 

@@ -39,7 +39,12 @@ def base_identity(base: str, revision: str | None) -> dict[str, Any]:
     if base.startswith(PACKAGE_PREFIX):
         path = _package_file(base)
         package = base.removeprefix(PACKAGE_PREFIX).split("/")[0]
-        return {"package": package, "file": path.name, "size": path.stat().st_size, "conversion": CONVERSION_VERSION}
+        return {
+            "package": package,
+            "file": path.name,
+            "size": path.stat().st_size,
+            "conversion": CONVERSION_VERSION,
+        }
     folder = Path(base)
     if folder.is_dir():
         # 16 GB are not hashed at every start: size and time of change stand for the content.

@@ -140,21 +140,19 @@ def verify(gguf: Path, base: str, adapter: Path | None, as_json: bool) -> None:
 
     Example: medcot verify gguf/model-F16.gguf --base ./base --adapter ./adapter
     """
-    from export.verify import sample_conversations, verify_gguf
+    from export.verify import raise_if_failed, verify_gguf
     from pipeline.base_model import local_base
     from pipeline.config import VerifyConfig
-    from pipeline.errors import GateFailed
+    from pipeline.sources import sample_examples
 
     settings = VerifyConfig.model_validate({})
-    result = verify_gguf(gguf, local_base(base), adapter, sample_conversations(settings.prompts), settings)
+    result = verify_gguf(gguf, local_base(base), adapter, sample_examples(settings.prompts), settings)
     if as_json:
         _print_json(result.model_dump(mode="json"))
     else:
         for check in result.checks:
             click.echo(f"{'ok    ' if check.passed else 'FAILED'}  {check.name}: {check.detail}")
-    if not result.passed:
-        failed = next(check for check in result.checks if not check.passed)
-        raise GateFailed(f"{gguf} is not the model it was made from: {failed.name}: {failed.detail}")
+    raise_if_failed(result)
 
 
 @cli.command()
@@ -262,6 +260,10 @@ def doctor(as_json: bool) -> None:
 
 def main() -> None:
     """Entry point: run a command and end with the right status."""
+    # libgomp's threads spin while they wait; on a machine where anything else runs, llama.cpp loses up to nine tenths
+    # of its speed to that, and with a short spin nothing where it is alone (LOG.md, 2026-11-22). The library reads
+    # this when it is loaded, so it is set before anything is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.Exit as error:
@@ -289,7 +291,8 @@ def main() -> None:
         _show_traceback_if_asked()
         first_line = (str(error).strip() or "no message").splitlines()[0]
         click.echo(
-            f"Error: {type(error).__name__}: {first_line} (a fault in medcot or a library; --debug shows where)", err=True
+            f"Error: {type(error).__name__}: {first_line} (a fault in medcot or a library; --debug shows where)",
+            err=True,
         )
         sys.exit(1)
 
@@ -345,7 +348,17 @@ def _print_run(outcome: RunOutcome) -> None:
     table.caption = f"{total_minutes}:{total_seconds:02} in all"
     Console().print(table)
     if outcome.shipped_gguf is not None:
-        click.echo(f"Chat with it:  medcot chat {outcome.shipped_gguf}")
+        click.echo(f"Chat with it:  {_own_command()} chat {outcome.shipped_gguf}")
+
+
+def _own_command() -> str:
+    """How this medcot is called from the current folder: by name, or by its path in an environment not activated."""
+    import shutil
+
+    script = Path(sys.executable).parent / "medcot"
+    if not script.is_file() or shutil.which("medcot") == str(script):
+        return "medcot"
+    return str(script.relative_to(Path.cwd())) if script.is_relative_to(Path.cwd()) else str(script)
 
 
 if __name__ == "__main__":

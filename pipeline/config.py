@@ -1,6 +1,6 @@
 """Typed configuration: defaults live here once, presets and ``--set`` change them, every error is told at once.
 
-    medcot run deepseek-r1-8b --set training.max_steps=10
+medcot run deepseek-r1-8b --set training.max_steps=10
 """
 
 from __future__ import annotations
@@ -178,9 +178,7 @@ def _config_path(name_or_path: str) -> Path:
         return path
     if path.is_dir():
         raise MedcotError(f"{path} is a folder, not a configuration file: name the YAML file inside it.")
-    raise MedcotError(
-        f"No preset and no file is called '{name_or_path}': presets are {', '.join(preset_names())}."
-    )
+    raise MedcotError(f"No preset and no file is called '{name_or_path}': presets are {', '.join(preset_names())}.")
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int], list[str]]:

@@ -60,7 +60,7 @@ def detect(folder: Path) -> Hardware:
             capability = torch.cuda.get_device_capability(0)
     return Hardware(
         cpu=cpu_name(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=usable_cores(),
         memory_bytes=memory.total,
         available_memory_bytes=memory.available,
         free_disk_bytes=shutil.disk_usage(existing).free,
@@ -69,6 +69,15 @@ def detect(folder: Path) -> Hardware:
         gpu_capability=capability,
         platform=_platform(),
     )
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may run on: a second thread on a core slows llama.cpp down."""
+    try:
+        allowed = len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        allowed = os.cpu_count() or 1
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
 
 def cpu_name() -> str:

@@ -1,6 +1,6 @@
 """Stage 1: read records, reject what cannot be learned from, hold some out, and say what was done.
 
-    medcot run --only prepare
+medcot run --only prepare
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Record:
     tokens: int
 
     def to_json(self) -> dict[str, Any]:
-        fields = {
+        fields: dict[str, Any] = {
             "question": self.example.question,
             "reasoning": self.example.reasoning,
             "answer": self.example.answer,
@@ -121,9 +121,7 @@ def select(config: Config, chat_format: ChatFormat) -> tuple[list[Record], list[
     return records, rejects
 
 
-def split(
-    config: Config, records: Sequence[Record], reasons: Counter[str]
-) -> tuple[list[Record], list[Record], int]:
+def split(config: Config, records: Sequence[Record], reasons: Counter[str]) -> tuple[list[Record], list[Record], int]:
     """Training records, held-out records, and how many are left over when ``train_rows`` limits the first."""
     order = list(records)
     if config.data.shuffle:

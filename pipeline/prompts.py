@@ -200,11 +200,7 @@ class ChatFormat:
                 content = messages[int(part[1:-1])]["content"]
                 variants = (content, content.strip(), content.rsplit(THINK_CLOSE, 1)[-1])
                 length = next(
-                    (
-                        len(variant)
-                        for variant in variants
-                        if rendered.startswith(variant + following, position)
-                    ),
+                    (len(variant) for variant in variants if rendered.startswith(variant + following, position)),
                     None,
                 )
                 if length is None:
@@ -270,9 +266,7 @@ def _without_thought_opening(pieces: Sequence[_Piece]) -> list[_Piece]:
 
 def _environment() -> ImmutableSandboxedEnvironment:
     """Jinja as transformers sets it up for chat templates, so that the same template gives the same text."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)

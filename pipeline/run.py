@@ -65,9 +65,7 @@ class Stage:
 
     def load(self) -> Callable[[Config, dict[str, Path], Path], BaseModel]:
         module, _, name = self.function.partition(":")
-        function: Callable[[Config, dict[str, Path], Path], BaseModel] = getattr(
-            importlib.import_module(module), name
-        )
+        function: Callable[[Config, dict[str, Path], Path], BaseModel] = getattr(importlib.import_module(module), name)
         return function
 
 
@@ -320,7 +318,9 @@ def _locked(run_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise MedcotError(f"Another medcot run is at work in {run_dir}: wait for it or choose another --run-dir.") from error
+            raise MedcotError(
+                f"Another medcot run is at work in {run_dir}: wait for it or choose another --run-dir."
+            ) from error
         yield
 
 

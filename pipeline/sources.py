@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.artifacts import sha256_file
 from pipeline.config import DataConfig
 from pipeline.errors import MedcotError
+from pipeline.prompts import Example
 
 SAMPLE = "sample"
 SAMPLE_PATH = Path(__file__).resolve().parent / "data" / "medical_cot.jsonl"
@@ -50,6 +51,12 @@ def read_rows(data: DataConfig) -> Iterator[SourceRow]:
         yield row
 
 
+def sample_examples(count: int) -> list[Example]:
+    """The first ``count`` packaged cases, for checks that need some conversation or other."""
+    columns = [row.columns for _, row in zip(range(count), _read_jsonl(SAMPLE_PATH, SAMPLE), strict=False)]
+    return [Example(row["Question"], row["Complex_CoT"], row["Response"]) for row in columns if row is not None]
+
+
 def _local_path(source: str) -> Path | None:
     """The local file behind ``source``, None for a hub id; raises MedcotError for a path that leads nowhere."""
     if source == SAMPLE:
@@ -57,13 +64,16 @@ def _local_path(source: str) -> Path | None:
     path = Path(source)
     if path.is_file():
         if path.suffix not in LOCAL_SUFFIXES:
-            raise MedcotError(f"data.source {path} is a {path.suffix or 'nameless'} file: medcot reads .jsonl and .json.")
+            raise MedcotError(
+                f"data.source {path} is a {path.suffix or 'nameless'} file: medcot reads .jsonl and .json."
+            )
         return path
     if path.is_dir():
         raise MedcotError(f"data.source {path} is a folder: name one .jsonl or .json file in it.")
     if path.suffix in LOCAL_SUFFIXES or path.is_absolute() or source.startswith(".") or source.count("/") != 1:
         raise MedcotError(
-            f"data.source {source} does not exist: name a .jsonl or .json file, a hub data set (owner/name), or 'sample'."
+            f"data.source {source} does not exist: name a .jsonl or .json file, a hub data set "
+            "(owner/name), or 'sample'."
         )
     return None
 

@@ -12,7 +12,14 @@ import traceback
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pipeline.artifacts import IN_PROGRESS_NAME, FileRecord, Manifest, artifact_files, sha256_file, write_manifest
+from pipeline.artifacts import (
+    IN_PROGRESS_NAME,
+    FileRecord,
+    Manifest,
+    artifact_files,
+    sha256_file,
+    write_manifest,
+)
 from pipeline.errors import MedcotError
 from pipeline.memory import peak_memory_bytes
 from pipeline.run import (
@@ -31,6 +38,8 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 def main(stage_name: str, run_dir: Path) -> int:
     """Run one stage and write its manifest; returns the exit status, the message is on standard error."""
     _end_with_parent()
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars would fill a log file with half lines
     # Libraries print to standard output; under --json that belongs to the result alone.
     os.dup2(2, 1)
     try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -39,6 +38,7 @@ def train(config: Config, inputs: dict[str, Path], out_dir: Path) -> TrainedAdap
 
     Goes on from the last whole checkpoint in ``out_dir/checkpoints`` if there is one.
     """
+    _import_unsloth()
     base = local_base(config.model.base, config.model.revision)
     tokenizer = load_tokenizer(base)
     chat_format = ChatFormat(tokenizer.chat_template, TransformersVocabulary(tokenizer), config.prompt.system)
@@ -162,14 +162,18 @@ def trainer_arguments(config: Config, output_dir: Path, dtype: str, on_cpu: bool
     }
 
 
-def _lora_model(config: Config, base: Path, dtype: str) -> Any:
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+def _import_unsloth() -> None:
+    """Unsloth patches transformers, trl and peft, so it has to be imported before them."""
     try:
-        import unsloth  # noqa: F401  (patches transformers, trl and peft, so it comes before them)
+        import unsloth  # noqa: F401
     except ImportError as error:
         raise MedcotError(
-            f"Unsloth is not usable here ({error}): install requirements-gpu.txt, or requirements-cpu.txt without a GPU."
+            f"Unsloth is not usable here ({error}): install requirements-gpu.txt, "
+            "or requirements-cpu.txt on a machine without a GPU."
         ) from error
+
+
+def _lora_model(config: Config, base: Path, dtype: str) -> Any:
     import torch
     from unsloth import FastLanguageModel
 
@@ -208,7 +212,7 @@ def _trainer(
     from transformers import DataCollatorForSeq2Seq, PrinterCallback, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    class CountingTrainer(SFTTrainer):  # type: ignore[misc]
+    class CountingTrainer(SFTTrainer):
         """Counts the tokens it trains on (padding left out) and the seconds in the loop, over all sessions."""
 
         tokens_seen = progress.tokens
@@ -223,7 +227,7 @@ def _trainer(
 
         finished = 0.0
 
-    class Bookkeeping(TrainerCallback):  # type: ignore[misc]
+    class Bookkeeping(TrainerCallback):
         """Progress bar, metrics.jsonl, sealed checkpoints."""
 
         def __init__(self) -> None:
@@ -263,9 +267,7 @@ def _trainer(
 
     trainer = CountingTrainer(
         model=model,
-        args=SFTConfig(
-            **trainer_arguments(config, out_dir / CHECKPOINTS_DIR, dtype, model.device.type == "cpu")
-        ),
+        args=SFTConfig(**trainer_arguments(config, out_dir / CHECKPOINTS_DIR, dtype, model.device.type == "cpu")),
         train_dataset=Dataset.from_list([_row(example) for example in train_rows]),
         eval_dataset=Dataset.from_list([_row(example) for example in eval_rows]),
         processing_class=tokenizer,
@@ -294,9 +296,7 @@ def _held_out_loss(trainer: Any) -> float:
         for batch in trainer.get_eval_dataloader():
             inputs = trainer._prepare_inputs(batch)
             with trainer.compute_loss_context_manager():
-                logits = trainer.model(
-                    input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
-                ).logits
+                logits = trainer.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
             shifted = inputs["labels"][:, 1:]
             loss += float(
                 torch.nn.functional.cross_entropy(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.errors import MedcotError
@@ -31,6 +32,7 @@ class TransformersVocabulary:
         if tokenizer.eos_token is None:
             raise MedcotError("The tokenizer names no eos_token: set it in tokenizer_config.json.")
         description = json.loads(backend.to_str())
+        self._tokenizer = tokenizer
         self.bos_token: str | None = tokenizer.bos_token
         self.eos_token: str = tokenizer.eos_token
         self.control_tokens: Mapping[str, int] = {
@@ -48,6 +50,10 @@ class TransformersVocabulary:
             ids: list[int] = self._text.encode(text, add_special_tokens=False).ids
             return ids
         return _after_anchor(self, text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
 
 
 class LlamaCppVocabulary:
@@ -103,12 +109,15 @@ def _after_anchor(vocabulary: TransformersVocabulary | LlamaCppVocabulary, text:
 
 
 def _split_inside(text: str, tokens: list[str]) -> list[str]:
-    """Cut ``text`` after the first character of every spelled-out token, so that no part contains one."""
+    """Cut ``text`` before the last character of every spelled-out token, so that no part contains one.
+
+    Cut there, the parts are those that R1's pre-tokenizer makes of ``</think>`` anyway, so the ids stay the same.
+    """
     cuts = set()
     for token in tokens:
         start = text.find(token) if len(token) > 1 else -1
         while start >= 0:
-            cuts.add(start + 1)
+            cuts.add(start + len(token) - 1)
             start = text.find(token, start + 1)
     edges = [0, *sorted(cuts), len(text)]
-    return [text[a:b] for a, b in zip(edges, edges[1:], strict=False) if a < b]
+    return [text[a:b] for a, b in itertools.pairwise(edges) if a < b]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +38,7 @@ class FakeEngine:
     file_bytes = 1000
     vocabulary_size = 258
 
-    def __init__(
-        self, output: str = "<think>\nbecause\n</think>\n\nso", log_probability: float = -0.5
-    ) -> None:
+    def __init__(self, output: str = "<think>\nbecause\n</think>\n\nso", log_probability: float = -0.5) -> None:
         self.chat_format = ChatFormat(CHATML, ByteVocabulary())
         self.asked: list[str] = []
         self._output = output
@@ -52,6 +50,10 @@ class FakeEngine:
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
         self.asked.append(bytes(token for token in ids if token < 256).decode())
         return list(self._output.encode())[:max_new_tokens]
+
+    def generate_many(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[tuple[int, list[int]]]:
+        for index, prompt in enumerate(prompts):
+            yield index, self.generate(prompt, max_new_tokens)
 
     def text(self, ids: Sequence[int]) -> str:
         return bytes(ids).decode()

@@ -29,9 +29,7 @@ class CharacterVocabulary:
         self.bos_token: str | None = None
         self.eos_token = eos_token
         self.adds_bos = False
-        self.control_tokens: Mapping[str, int] = {
-            text: 0x110000 + index for index, text in enumerate(controls)
-        }
+        self.control_tokens: Mapping[str, int] = {text: 0x110000 + index for index, text in enumerate(controls)}
 
     def encode_text(self, text: str, *, after_text: bool) -> list[int]:
         return [ord(character) for character in text]
@@ -52,11 +50,7 @@ class ScriptedModel:
         metadata: Mapping[str, str] | None = None,
         system: str | None = None,
     ) -> None:
-        controls = (
-            ("<User>", "<Assistant>", "<End>", "<think>", "</think>")
-            if r1
-            else ("<|im_start|>", "<|im_end|>")
-        )
+        controls = ("<User>", "<Assistant>", "<End>", "<think>", "</think>") if r1 else ("<|im_start|>", "<|im_end|>")
         self.vocabulary = CharacterVocabulary("<End>" if r1 else "<|im_end|>", controls)
         self.chat_format = ChatFormat(R1_LIKE if r1 else CHATML, self.vocabulary, system)
         self.n_ctx = n_ctx

@@ -7,6 +7,7 @@ from bench_models import make_adapter, make_tiny_model
 
 from bench import engines
 from pipeline.errors import MedcotError
+from pipeline.hardware import usable_cores
 from pipeline.prompts import Example
 
 EXAMPLE = Example(
@@ -55,9 +56,7 @@ def test_target_log_probabilities_do_not_depend_on_the_blocks(sizes: list[int]) 
     logits = random.normal(0, 30, (7, 11)).astype(np.float32)
     ids = [int(token) for token in random.integers(0, 11, 7)]
     blocks = np.split(logits, np.cumsum(sizes)[:-1])
-    expected = [
-        float(logits[i, ids[i + 1]]) - np.logaddexp.reduce(logits[i].astype(np.float64)) for i in range(6)
-    ]
+    expected = [float(logits[i, ids[i + 1]]) - np.logaddexp.reduce(logits[i].astype(np.float64)) for i in range(6)]
     assert engines.target_log_probabilities(blocks, ids) == pytest.approx(expected, abs=1e-5)
 
 
@@ -113,6 +112,38 @@ def test_generation_is_greedy_bounded_and_repeatable(which: str, request: pytest
 
 
 @pytest.mark.parametrize("which", ["under_transformers", "under_llama_cpp"])
+def test_many_prompts_together_give_what_each_gives_alone(which: str, request: pytest.FixtureRequest) -> None:
+    engine: engines.Engine = request.getfixturevalue(which)
+    # More prompts than slots, of different lengths.
+    prompts = [engine.chat_format.question_ids("What? " * count) for count in range(1, 20)]
+    together = dict(engine.generate_many(prompts, 10))
+    assert sorted(together) == list(range(len(prompts)))
+    assert [together[index] for index in sorted(together)] == [engine.generate(prompt, 10) for prompt in prompts]
+    assert list(engine.generate_many([], 10)) == []
+
+
+@pytest.mark.parametrize(
+    ("length", "slots"),
+    [
+        (1000, 7),  # 131,072 bytes a token in Llama 3's 8B shape
+        (4000, 1),
+        (100_000, 1),
+        (100, 16),
+    ],
+)
+def test_slots_keep_keys_and_values_within_a_gigabyte(length: int, slots: int) -> None:
+    parallel_decoding = pytest.importorskip("bench.parallel_decoding")
+    metadata = {
+        "general.architecture": "llama",
+        "llama.block_count": "32",
+        "llama.embedding_length": "4096",
+        "llama.attention.head_count": "32",
+        "llama.attention.head_count_kv": "8",
+    }
+    assert parallel_decoding.slots_that_fit(metadata, length) == slots
+
+
+@pytest.mark.parametrize("which", ["under_transformers", "under_llama_cpp"])
 def test_text_and_timings(which: str, request: pytest.FixtureRequest) -> None:
     engine: engines.Engine = request.getfixturevalue(which)
     ids = engine.chat_format.encode(EXAMPLE).input_ids
@@ -131,9 +162,7 @@ def test_weights_are_labelled(under_transformers: engines.Engine, under_llama_cp
 def test_an_adapter_folder_finds_its_base(adapter: Path, under_transformers: engines.Engine) -> None:
     ids = under_transformers.chat_format.encode(EXAMPLE).input_ids
     with engines.open_engine(adapter, SETTINGS) as engine:
-        assert np.array_equal(
-            engine.token_log_probabilities(ids), under_transformers.token_log_probabilities(ids)
-        )
+        assert np.array_equal(engine.token_log_probabilities(ids), under_transformers.token_log_probabilities(ids))
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
@@ -154,4 +183,4 @@ def test_a_prompt_that_does_not_fit_is_an_error(under_llama_cpp: engines.Engine)
 def test_usable_cores_is_at_least_one_and_at_most_all() -> None:
     import os
 
-    assert 1 <= engines.usable_cores() <= (os.cpu_count() or 1)
+    assert 1 <= usable_cores() <= (os.cpu_count() or 1)

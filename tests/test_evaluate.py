@@ -14,8 +14,7 @@ from pipeline.prompts import Example
 from pipeline.results import Evaluation, ExportedFile, ExportedModels
 
 EXAMPLES = [
-    Example(f"Question {index}?", f"Because of {index}." if index else None, f"Answer {index}.")
-    for index in range(4)
+    Example(f"Question {index}?", f"Because of {index}." if index else None, f"Answer {index}.") for index in range(4)
 ]
 SETTINGS = evaluate.EvaluationSettings(max_new_tokens=60)
 
@@ -40,9 +39,7 @@ def run(models: list[Path], out_dir: Path, examples: list[Example] = EXAMPLES) -
     return evaluate.evaluate_models(models, ["tuned", "base"], examples, out_dir, SETTINGS)
 
 
-def test_figures_are_those_of_the_engine(
-    models: list[Path], opened: dict[str, FakeEngine], tmp_path: Path
-) -> None:
+def test_figures_are_those_of_the_engine(models: list[Path], opened: dict[str, FakeEngine], tmp_path: Path) -> None:
     tuned, base = run(models, tmp_path / "eval").models
     assert (tuned.model, tuned.role, base.role) == ("tuned.gguf", "tuned", "base")
     assert tuned.answer_perplexity.value == pytest.approx(math.exp(0.5))
@@ -57,14 +54,14 @@ def test_figures_are_those_of_the_engine(
 def test_likelihoods_are_read_at_the_right_positions(
     models: list[Path], opened: dict[str, FakeEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Position i of the log-probabilities belongs to token i + 1: the thought's first token counts, the prompt none."""
+    """Value i belongs to token i + 1: the first token of the thought counts, none of the prompt does."""
     import numpy as np
 
     fake = opened["tuned.gguf"]
     prompt, thought, answer = fake.chat_format.encode_parts(EXAMPLES[1])
     values = [-1000.0] * (len(prompt) - 1) + [-1.0] * len(thought) + [-2.0] * len(answer)
     monkeypatch.setattr(fake, "token_log_probabilities", lambda ids: np.array(values))
-    outcome = evaluate.measure_record(fake, "key", EXAMPLES[1], 60)
+    outcome = evaluate.measure_record(fake, "key", EXAMPLES[1], [1, 2], 60)
     assert (outcome.reasoning_nll, outcome.reasoning_tokens) == (len(thought), len(thought))
     assert (outcome.answer_nll, outcome.answer_tokens) == (2.0 * len(answer), len(answer))
 
@@ -127,12 +124,31 @@ def test_records_of_another_model_or_setting_are_not_taken_up(
     assert len(opened["base.gguf"].asked) == 4
 
 
-def test_evaluation_json_is_the_result(
-    models: list[Path], opened: dict[str, FakeEngine], tmp_path: Path
-) -> None:
+def test_evaluation_json_is_the_result(models: list[Path], opened: dict[str, FakeEngine], tmp_path: Path) -> None:
     result = run(models, tmp_path / "eval")
     written = (tmp_path / "eval" / "evaluation.json").read_text()
     assert Evaluation.model_validate_json(written) == result
+
+
+def test_the_command_takes_the_first_of_several_as_base_and_raw_columns(
+    models: list[Path],
+    opened: dict[str, FakeEngine],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = tmp_path / "raw.jsonl"
+    rows = [{"Question": f"Q{n}", "Complex_CoT": "because", "Response": "A"} for n in range(5)]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    result = evaluate.evaluate_files(models[::-1], data, rows=4, max_new_tokens=60)
+    assert [(model.model, model.role) for model in result.models] == [
+        ("base.gguf", "base"),
+        ("tuned.gguf", "tuned"),
+    ]
+    assert result.models[0].answer_perplexity.n == 4
+    assert evaluate.evaluate_files(models[:1], data, rows=1, max_new_tokens=9).models[0].role == "tuned"
+    capsys.readouterr()
+    evaluate.print_evaluation(result)
+    assert "tuned.gguf" in capsys.readouterr().out.replace("\n", "")
 
 
 def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -175,7 +191,7 @@ def test_broken_records_are_named(tmp_path: Path, content: str, message: str) ->
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(MedcotError, match="absent.jsonl cannot be read"):
+    with pytest.raises(MedcotError, match=r"absent\.jsonl cannot be read"):
         evaluate.read_examples(tmp_path / "absent.jsonl")
 
 
@@ -190,12 +206,8 @@ def test_the_stage_on_real_ggufs(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     rows = [{"question": e.question, "reasoning": e.reasoning, "answer": e.answer} for e in EXAMPLES]
     (tmp_path / "data" / "eval.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    config = Config.model_validate(
-        {"model": {"max_seq_length": 256}, "evaluation": {"rows": 3, "max_new_tokens": 8}}
-    )
-    result = evaluate.evaluate(
-        config, {"prepare": tmp_path / "data", "export": tmp_path / "gguf"}, tmp_path / "eval"
-    )
+    config = Config.model_validate({"model": {"max_seq_length": 256}, "evaluation": {"rows": 3, "max_new_tokens": 8}})
+    result = evaluate.evaluate(config, {"prepare": tmp_path / "data", "export": tmp_path / "gguf"}, tmp_path / "eval")
     tuned, base = result.models
     assert (tuned.model, base.model) == ("tiny-F16.gguf", "tiny-base-F16.gguf")
     assert tuned.answer_perplexity == base.answer_perplexity  # there was no adapter
@@ -245,6 +257,4 @@ def test_exported_file_type_is_used(tmp_path: Path) -> None:
     )
     (tmp_path / "eval.jsonl").write_text('{"question": "Q", "answer": "A"}')
     with pytest.raises(MedcotError, match=r"m-Q8_0\.gguf does not exist"):
-        evaluate.evaluate(
-            Config(), {"prepare": tmp_path, "export": tmp_path / "gguf"}, tmp_path / "evaluation"
-        )
+        evaluate.evaluate(Config(), {"prepare": tmp_path, "export": tmp_path / "gguf"}, tmp_path / "evaluation")

@@ -40,9 +40,7 @@ def test_a_good_file_is_tried_once(monkeypatch: pytest.MonkeyPatch, cache_folder
     path = small_model()
     assert proof.known_proof(path) is None
     assert proof.prove(path).context_length == 8192
-    assert list(json.loads((cache_folder / "medcot" / "proven.json").read_text())["files"]) == [
-        str(path.resolve())
-    ]
+    assert list(json.loads((cache_folder / "medcot" / "proven.json").read_text())["files"]) == [str(path.resolve())]
     forbid_children(monkeypatch)
     assert proof.prove(path).context_length == 8192
 
@@ -94,9 +92,7 @@ def test_no_cache_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert proof.known_proof(path) is None
 
 
-def test_a_damaged_cache_is_made_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_folder: Path
-) -> None:
+def test_a_damaged_cache_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_folder: Path) -> None:
     (cache_folder / "medcot").mkdir(parents=True)
     (cache_folder / "medcot" / "proven.json").write_text("{")
     path = tmp_path / "model.gguf"

@@ -206,9 +206,7 @@ class Page(HTMLParser):
         return " ".join("".join(self.words).split())
 
 
-def write_report(
-    tmp_path: Path, results: dict[str, BaseModel], config: Config | None = None
-) -> tuple[str, str]:
+def write_report(tmp_path: Path, results: dict[str, BaseModel], config: Config | None = None) -> tuple[str, str]:
     made = report.report(config or Config(name="run"), make_run(tmp_path, results), tmp_path / "report")
     assert made.files == ["report.html", "report.md"]
     html, markdown = ((tmp_path / "report" / name).read_text(encoding="utf-8") for name in made.files)
@@ -251,8 +249,7 @@ def test_the_loss_curve_has_a_text_alternative_and_no_fixed_colour(tmp_path: Pat
     svg = html[html.index("<svg") : html.index("</svg>")]
     assert 'role="img"' in svg and '<title id="chart-title">' in svg
     alternative = (
-        "Training loss 2.800 at step 5 and 2.067 at step 60; "
-        "held-out loss 2.910 before training and 2.120 after."
+        "Training loss 2.800 at step 5 and 2.067 at step 60; held-out loss 2.910 before training and 2.120 after."
     )
     assert alternative in svg
     assert alternative in markdown.replace("\\", "")
@@ -281,9 +278,7 @@ def test_no_difference_is_said_where_intervals_overlap(tmp_path: Path) -> None:
 def test_a_failed_verification_warns_against_the_file(tmp_path: Path) -> None:
     results = measurements()
     failed = Check(name="logits", passed=False, detail="0.02, at most 0.0001")
-    results["verify"] = Verification(
-        checks=[failed], logit_nmse=0.02, top1_agreement=0.6, positions=10, passed=False
-    )
+    results["verify"] = Verification(checks=[failed], logit_nmse=0.02, top1_agreement=0.6, positions=10, passed=False)
     text = Page(write_report(tmp_path, results)[0]).text
     assert text.index("Do not use run-Q4_K_M.gguf") < text.index("Verification failed: logits.")
     assert "FAILED" in text

@@ -66,9 +66,7 @@ def test_typed_control_tokens_stay_text() -> None:
 def test_the_system_prompt_of_the_chat_format_comes_first() -> None:
     model = ScriptedModel(["So."], system="Be brief.")
     finish(Session(model, GREEDY), "x")
-    assert model.prompts[0].startswith(
-        "[[<|im_start|>]]system\nBe brief.[[<|im_end|>]]\n[[<|im_start|>]]user\nx"
-    )
+    assert model.prompts[0].startswith("[[<|im_start|>]]system\nBe brief.[[<|im_end|>]]\n[[<|im_start|>]]user\nx")
 
 
 def test_whole_old_turns_make_room_and_are_named() -> None:

@@ -55,6 +55,7 @@ def test_a_gguf_is_measured_in_a_process_of_its_own(base: Path, tmp_path: Path) 
     assert 10_000_000 < measured.peak_memory_bytes < 400_000_000
     assert result.threads == 1
     assert "cores" in result.machine
+    speed.print_benchmark(result)
     assert Benchmark.model_validate_json((tmp_path / "bench" / "benchmark.json").read_text()) == result
 
 
@@ -90,8 +91,6 @@ def test_a_child_that_dies_is_explained(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str, message: str
 ) -> None:
     real = subprocess.run
-    monkeypatch.setattr(
-        subprocess, "run", lambda command, **options: real([sys.executable, "-c", script], **options)
-    )
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: real([sys.executable, "-c", script], **options))
     with pytest.raises(MedcotError, match=f"Measuring tiny .*{message}"):
         speed.probe(request_for(tmp_path / "tiny.gguf"))

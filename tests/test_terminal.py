@@ -61,9 +61,7 @@ def test_in_a_pipe_an_answer_taken_up_again_is_one_answer(
     assert capsys.readouterr().out == "b\n\nd\n"
 
 
-def test_a_piped_question_is_the_prompt(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_piped_question_is_the_prompt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     model = ScriptedModel([OUTPUT])
     use(monkeypatch, model)
     pipe_in(monkeypatch, b"A red toe,\nand 39\xb0C?\n")
@@ -72,9 +70,7 @@ def test_a_piped_question_is_the_prompt(
     assert "user\nA red toe,\nand 39\N{REPLACEMENT CHARACTER}C?[[" in model.prompts[0]
 
 
-def test_a_hidden_thought_is_not_shown(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_hidden_thought_is_not_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     use(monkeypatch, ScriptedModel([OUTPUT]))
     terminal.run_chat(MODEL, "A red toe?", show_thought=False)
     out, err = capsys.readouterr()
@@ -101,9 +97,7 @@ def test_json_is_one_document_and_nothing_else(
     }
 
 
-def test_an_interrupt_prints_what_was_said(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_interrupt_prints_what_was_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     class Interrupted(ScriptedModel):
         def generate(self, *_: Any, **__: Any) -> Iterator[int]:
             yield from map(ord, "Gout")
@@ -141,9 +135,7 @@ def test_every_control_character_but_tab_and_newline_is_made_harmless() -> None:
 
 
 @pytest.mark.parametrize(("prompt", "piped"), [("", b"x"), (" \n", b"x"), (None, b"\n")])
-def test_an_empty_question_is_refused(
-    monkeypatch: pytest.MonkeyPatch, prompt: str | None, piped: bytes
-) -> None:
+def test_an_empty_question_is_refused(monkeypatch: pytest.MonkeyPatch, prompt: str | None, piped: bytes) -> None:
     pipe_in(monkeypatch, piped)
     with pytest.raises(MedcotError, match="question is empty"):
         terminal.run_chat(MODEL, prompt)
@@ -210,15 +202,30 @@ class Screen:
     def type(self, line: str) -> None:
         os.write(self._descriptor, line.encode() + b"\n")
 
-    def wait_for(self, wanted: str, seconds: float = 10.0) -> str:
-        """Read until ``wanted`` has been printed; returns, and takes off the screen, all up to its end."""
+    def shows(self, wanted: str, seconds: float) -> bool:
+        """Read until ``wanted`` has been printed; False when that takes longer."""
         deadline = time.monotonic() + seconds
         while wanted not in self.text:
             ready, _, _ = select.select([self._descriptor], [], [], max(0.0, deadline - time.monotonic()))
-            assert ready, f"{wanted!r} was not printed, but {self.text!r}"
+            if not ready:
+                return False
             self.text += os.read(self._descriptor, 65536).decode(errors="replace")
+        return True
+
+    def wait_for(self, wanted: str) -> str:
+        """Return, and take off the screen, all up to the end of ``wanted``."""
+        assert self.shows(wanted, seconds=20), f"{wanted!r} was not printed, but {self.text!r}"
         seen, _, self.text = self.text.partition(wanted)
         return seen + wanted
+
+
+def interrupt_prompt(chat: subprocess.Popen[bytes], screen: Screen) -> None:
+    """Ctrl-C at the prompt; again where readline had drawn the prompt but did not wait for input yet."""
+    for _ in range(10):
+        chat.send_signal(signal.SIGINT)
+        if screen.shows("/quit or Ctrl-D ends.", seconds=1):
+            return
+    raise AssertionError(f"Ctrl-C at the prompt was not answered: {screen.text!r}")
 
 
 @pytest.fixture
@@ -253,8 +260,8 @@ def test_a_conversation_in_a_terminal(conversation: tuple[subprocess.Popen[bytes
     screen.type("/new")
     screen.wait_for("A new conversation.")
     screen.wait_for("> ")
-    chat.send_signal(signal.SIGINT)
-    screen.wait_for("/quit or Ctrl-D ends.")
+    interrupt_prompt(chat, screen)
+    screen.wait_for("> ")
     screen.type("A red toe?")
     screen.wait_for("Gout.")
     screen.wait_for("> ")

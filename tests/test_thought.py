@@ -57,9 +57,7 @@ def test_whole_output(text: str, opens_thought: bool, expected: ParsedOutput) ->
 
 
 @pytest.mark.parametrize(("text", "opens_thought", "expected"), OUTPUTS.values(), ids=OUTPUTS.keys())
-def test_a_stream_cut_anywhere_gives_the_same_parts(
-    text: str, opens_thought: bool, expected: ParsedOutput
-) -> None:
+def test_a_stream_cut_anywhere_gives_the_same_parts(text: str, opens_thought: bool, expected: ParsedOutput) -> None:
     wanted = (expected.thought or "", expected.answer)
     assert streamed(list(text), opens_thought) == wanted
     for first, second in combinations(range(len(text) + 1), 2):
