@@ -224,7 +224,7 @@ def _bring_up_to_date(
     stage: Stage, config: Config, run_dir: Path, force: bool, announce: Callable[[str], None]
 ) -> StageOutcome:
     folder = run_dir / stage.folder
-    expected = _expected_fingerprint(stage, config, run_dir)
+    expected = expected_fingerprint(stage, config, run_dir)
     manifest = read_manifest(folder)
     if manifest is not None and not force:
         damaged = changed_files(folder, manifest)
@@ -242,7 +242,7 @@ def _bring_up_to_date(
     return StageOutcome(stage, status, made, folder)
 
 
-def _expected_fingerprint(stage: Stage, config: Config, run_dir: Path) -> str:
+def expected_fingerprint(stage: Stage, config: Config, run_dir: Path) -> str:
     digests = {}
     for name, path in stage_inputs(stage, run_dir).items():
         manifest = read_manifest(path)

@@ -17,15 +17,15 @@ from pipeline.artifacts import (
     FileRecord,
     Manifest,
     artifact_files,
+    read_manifest,
     sha256_file,
     write_manifest,
 )
 from pipeline.errors import MedcotError
 from pipeline.memory import peak_memory_bytes
 from pipeline.run import (
-    _expected_fingerprint,
+    expected_fingerprint,
     load_run_config,
-    read_manifest,
     stage_config,
     stage_inputs,
     stage_named,
@@ -78,7 +78,7 @@ def perform(stage_name: str, run_dir: Path) -> Manifest:
     digests = {name: manifest.digest for name, path in inputs.items() if (manifest := read_manifest(path))}
     manifest = Manifest(
         stage=stage.name,
-        fingerprint=_expected_fingerprint(stage, config, run_dir),
+        fingerprint=expected_fingerprint(stage, config, run_dir),
         config=stage_config(stage, config),
         inputs=digests,
         versions=stage_versions(stage),

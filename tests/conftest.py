@@ -1,0 +1,34 @@
+"""Shared by all tests: thread settings before any library is loaded, and the tokenizers that lie beside the project."""
+
+import os
+
+# As pipeline/cli.py sets it, and before PyTorch or llama.cpp is imported by a test module.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_TOKENIZERS = ROOT.parent / "shared" / "tokenizers"
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def shared_tokenizer(name: str) -> Path:
+    """The folder of a real tokenizer beside the project; skips where there is none."""
+    folder = SHARED_TOKENIZERS / name
+    if not folder.is_dir():
+        pytest.skip(f"../shared/tokenizers/{name} is not beside the project")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def r1_tokenizer() -> Path:
+    return shared_tokenizer("deepseek-r1-distill-llama-8b")
+
+
+@pytest.fixture(scope="session")
+def tinyllama_tokenizer() -> Path:
+    return shared_tokenizer("tinyllama-1.1b-chat")
