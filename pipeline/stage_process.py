@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import os
 import signal
 import sys
@@ -38,6 +39,8 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 def main(stage_name: str, run_dir: Path) -> int:
     """Run one stage and write its manifest; returns the exit status, the message is on standard error."""
     _end_with_parent()
+    # bitsandbytes regrets at import that an optional kernel package is absent; nothing is lost without it.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars would fill a log file with half lines
     # Libraries print to standard output; under --json that belongs to the result alone.

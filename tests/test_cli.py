@@ -12,15 +12,9 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ["run", "plan", "export", "verify", "evaluate", "bench", "chat", "doctor"]
 
 
-def medcot(*arguments: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=env,
-        check=False,
-    )
+def medcot(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipeline.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
 
 
 def test_help_names_every_command_and_imports_nothing_heavy() -> None:

@@ -15,9 +15,7 @@ from pipeline.vocabulary import TransformersVocabulary
 
 R1 = "deepseek-r1-distill-llama-8b"
 TINYLLAMA = "tinyllama-1.1b-chat"
-EXAMPLE = Example(
-    "A 54-year-old man has chest pain.\n\nWhat now?", "Okay, 12-lead ECG.\n\n  Then troponin.", "ECG first."
-)
+EXAMPLE = Example("A 54-year-old has chest pain.\n\nWhat now?", "Okay, 12-lead ECG.\n\n  Then troponin.", "ECG first.")
 
 
 class Model:

@@ -96,11 +96,9 @@ def test_files_of_others_are_not_touched(base: Path, tmp_path: Path) -> None:
 
 
 def test_two_runs_in_one_folder(finished: tuple[Config, Path]) -> None:
-    holder = subprocess.Popen(
-        [sys.executable, "-c", "import fcntl,sys; f=open(sys.argv[1],'w'); fcntl.flock(f,2); print(1,flush=True); input()",
-         str(finished[1] / ".lock")],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); print(1, flush=True); input()"
+    command = [sys.executable, "-c", hold, str(finished[1] / ".lock")]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout is not None
     holder.stdout.readline()
     try:
