@@ -10,10 +10,14 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
+import psutil
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import (
@@ -31,12 +35,15 @@ from bench.engines import Engine
 from pipeline.artifacts import Artifact, sha256_file, sha256_json, write_json, write_text
 from pipeline.config import Config
 from pipeline.errors import MedcotError
+from pipeline.hardware import usable_cores
+from pipeline.processes import end_with_parent
 from pipeline.prompts import Example
 from pipeline.results import Estimate, Evaluation, ExportedModels, Measurement, ModelEvaluation, Sample
 from pipeline.thought import parse_output
 
 Role = Literal["tuned", "base"]
 SAMPLES = 3
+POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -123,12 +130,10 @@ def evaluate_models(
     """Evaluate each model on all examples and write ``evaluation.json`` beside the records."""
     _check_distinct_names(paths)
     out_dir.mkdir(parents=True, exist_ok=True)
-    outcomes: dict[str, list[RecordOutcome]] = {}
-    models = []
-    with _progress() as progress:
-        for path, role in zip(paths, roles, strict=True):
-            outcomes[path.name] = _evaluate_one(path, examples, out_dir, settings, progress)
-            models.append(summarize(path.name, role, outcomes[path.name], settings.seed))
+    outcomes = _evaluate_side_by_side(paths, examples, out_dir, settings)
+    models = [
+        summarize(path.name, role, outcomes[path.name], settings.seed) for path, role in zip(paths, roles, strict=True)
+    ]
     samples = [
         Sample(
             question=example.question,
@@ -176,13 +181,61 @@ def _example(line: str, where: str) -> Example:
     return Example(question, reasoning or None, answer)
 
 
-def _evaluate_one(
-    path: Path, examples: Sequence[Example], out_dir: Path, settings: EvaluationSettings, progress: Progress
+def _evaluate_side_by_side(
+    paths: Sequence[Path], examples: Sequence[Example], out_dir: Path, settings: EvaluationSettings
+) -> dict[str, list[RecordOutcome]]:
+    """Each model in a process of its own, several at once where memory allows, the cores shared among them.
+
+    Two models with one thread each are done sooner than one after the other with two threads (LOG.md,
+    2026-11-22), and a model that makes libllama abort takes only its own process with it.
+    """
+    workers = _side_by_side(paths)
+    shared = replace(settings.engine, threads=settings.engine.threads or max(1, usable_cores() // workers))
+    settings = replace(settings, engine=shared)
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=end_with_parent)
+    with pool, _progress() as progress:
+        futures = {pool.submit(evaluate_one, path, examples, out_dir, settings): path for path in paths}
+        tasks = {path: progress.add_task(path.name, total=len(examples)) for path in paths}
+        while not all(future.done() for future in futures):
+            wait(futures, timeout=POLL_SECONDS, return_when=FIRST_EXCEPTION)
+            for path, task in tasks.items():
+                progress.update(task, completed=_lines(_records_path(out_dir, path)))
+            if any(future.done() and future.exception() for future in futures):
+                break
+        outcomes = {}
+        for future, path in futures.items():
+            try:
+                outcomes[path.name] = future.result()
+            except BrokenProcessPool as error:
+                raise MedcotError(
+                    f"The process that evaluated {path} was ended by the system or by llama.cpp itself: the file is "
+                    "damaged, or memory ran out. Check it with medcot chat, or evaluate one model at a time."
+                ) from error
+    return outcomes
+
+
+def _side_by_side(paths: Sequence[Path]) -> int:
+    """How many models to hold at once: as many as there are cores, if half of the free memory takes their files."""
+    sizes = sum(path.stat().st_size for path in paths if path.is_file())
+    fits = all(path.is_file() for path in paths) and sizes < psutil.virtual_memory().available / 2
+    return min(len(paths), usable_cores()) if fits else 1
+
+
+def _records_path(out_dir: Path, model: Path) -> Path:
+    return out_dir / f"records-{model.name}.jsonl"
+
+
+def _lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def evaluate_one(
+    path: Path, examples: Sequence[Example], out_dir: Path, settings: EvaluationSettings
 ) -> list[RecordOutcome]:
+    """One model on all examples, in this process; outcomes that ``out_dir`` holds already are taken over."""
     keys = _record_keys(path, examples, settings)
-    records_path = out_dir / f"records-{path.name}.jsonl"
+    records_path = _records_path(out_dir, path)
     known = _finished_records(records_path, set(keys))
-    task = progress.add_task(path.name, total=len(keys), completed=sum(key in known for key in keys))
     if all(key in known for key in keys):
         return [known[key] for key in keys]
     with (
@@ -196,7 +249,6 @@ def _evaluate_one(
             known[key] = outcome = measure_record(engine, key, example, new, settings.max_new_tokens)
             stream.write(outcome.model_dump_json() + "\n")
             stream.flush()
-            progress.advance(task)
     return [known[key] for key in keys]
 
 

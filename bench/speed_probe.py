@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from bench import engines
 from pipeline.errors import MedcotError
 from pipeline.memory import peak_memory_bytes
+from pipeline.processes import end_with_parent
 from pipeline.results import Speed
 
 # A question of ordinary length, so that the time to the first token is that of a person's first turn.
@@ -106,6 +107,7 @@ def _import_library(path: Path) -> None:
 
 
 def main() -> int:
+    end_with_parent()
     try:
         speed = measure(ProbeRequest.model_validate_json(sys.stdin.read()))
     except MedcotError as error:

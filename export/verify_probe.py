@@ -8,7 +8,6 @@ because libllama aborts on some broken files.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from pydantic import BaseModel
 
 from export.gguf_model import GgufModel
 from pipeline.errors import MedcotError
+from pipeline.processes import end_with_parent
 from pipeline.prompts import ChatFormat, Example, Vocabulary
 
 REQUEST_NAME = "request.json"
@@ -114,12 +114,10 @@ def logits_path(folder: Path, index: int) -> Path:
 
 
 def main(folder: Path) -> None:
+    end_with_parent()
     request = Request.model_validate_json((folder / REQUEST_NAME).read_bytes())
     context = max([512, *map(len, request.evaluate)])
-    # ggml's threads wait for each other in busy loops: with as many as there are cores, one other busy
-    # process makes evaluation ten to twenty times slower.
-    threads = max(1, (os.cpu_count() or 1) // 2)
-    with GgufModel(request.gguf, n_ctx=context, n_threads=threads, system=request.system) as model:
+    with GgufModel(request.gguf, n_ctx=context, system=request.system) as model:
         chat_format = model.chat_format
         view = vocabulary_view(
             request,

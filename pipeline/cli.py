@@ -224,6 +224,10 @@ def chat(
 
     Example: medcot chat runs/smollm2-cpu/gguf/smollm2-cpu-Q4_K_M.gguf --prompt "What is sepsis?"
     """
+    # libgomp's threads spin while they wait. Beside a busy browser llama.cpp loses nine tenths of its speed to that,
+    # and with a short spin nothing where it is alone; PyTorch does lose, so this is for the chat only (LOG.md,
+    # 2026-11-22). The library reads the variable when it is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from chat.terminal import run_chat
 
     run_chat(
@@ -260,10 +264,6 @@ def doctor(as_json: bool) -> None:
 
 def main() -> None:
     """Entry point: run a command and end with the right status."""
-    # libgomp's threads spin while they wait; on a machine where anything else runs, llama.cpp loses up to nine tenths
-    # of its speed to that, and with a short spin nothing where it is alone (LOG.md, 2026-11-22). The library reads
-    # this when it is loaded, so it is set before anything is imported.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.Exit as error:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import logging
 import os
-import signal
 import sys
 import time
 import traceback
@@ -24,6 +22,7 @@ from pipeline.artifacts import (
 )
 from pipeline.errors import MedcotError
 from pipeline.memory import peak_memory_bytes
+from pipeline.processes import end_with_parent
 from pipeline.run import (
     expected_fingerprint,
     load_run_config,
@@ -33,12 +32,10 @@ from pipeline.run import (
     stage_versions,
 )
 
-PR_SET_PDEATHSIG = 1  # prctl(2)
-
 
 def main(stage_name: str, run_dir: Path) -> int:
     """Run one stage and write its manifest; returns the exit status, the message is on standard error."""
-    _end_with_parent()
+    end_with_parent()
     # bitsandbytes regrets at import that an optional kernel package is absent; nothing is lost without it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
@@ -101,12 +98,6 @@ def _complain(stage_name: str, message: str, status: int) -> int:
         traceback.print_exc()
     print(f"Error in {stage_name}: {message}", file=sys.stderr)
     return status
-
-
-def _end_with_parent() -> None:
-    """When ``medcot run`` is killed, so is its stage: an orphan would go on writing into the run's folder."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
-"""Shared by all tests: thread settings before any library is loaded, and the tokenizers that lie beside the project."""
+"""Shared by all tests: no hub is asked, and the real tokenizers that lie beside the project."""
 
 import os
 
-# As pipeline/cli.py sets it, and before PyTorch or llama.cpp is imported by a test module.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import sys

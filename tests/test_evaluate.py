@@ -32,6 +32,12 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeEngine]:
     """The engines behind the two files: the tuned one thinks, the base does not; and what each was asked."""
     fakes = {"tuned.gguf": FakeEngine(), "base.gguf": FakeEngine("no thought", log_probability=-1.5)}
     monkeypatch.setattr(engines, "open_engine", lambda path, settings: fakes[path.name])
+
+    # Fakes live in this process, so the models are evaluated here, one after the other.
+    def in_this_process(paths, examples, out_dir, settings):  # type: ignore[no-untyped-def]
+        return {path.name: evaluate.evaluate_one(path, examples, out_dir, settings) for path in paths}
+
+    monkeypatch.setattr(evaluate, "_evaluate_side_by_side", in_this_process)
     return fakes
 
 
