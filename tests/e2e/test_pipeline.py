@@ -54,7 +54,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
 
 def test_a_killed_run_goes_on_from_its_checkpoint(finished: FinishedRun) -> None:
     result = Artifact.load(finished.folder("train"), TrainedAdapter).result
-    assert result.resumed_from_step is not None and result.resumed_from_step >= 15
+    assert result.resumed_from_step is not None and result.resumed_from_step >= 25
     assert "prepare: up to date" in finished.messages
     assert "train: goes on where it was interrupted" in finished.messages
 
