@@ -42,7 +42,13 @@ def test_parameter_counts_are_the_published_ones(
 
 def test_a_plan_shows_the_mask_and_counts_steps(tmp_path: Path) -> None:
     base = save_model(tmp_path / "base")
-    overrides = [f"model.base={base}", "training.max_steps=null", "training.epochs=2", "training.batch_size=3"]
+    overrides = [
+        f"model.base={base}",
+        "model.max_seq_length=8192",
+        "training.max_steps=null",
+        "training.epochs=2",
+        "training.batch_size=3",
+    ]
     plan = make_plan(load_config(None, overrides))
     assert plan.problems == []
     assert plan.steps == 2 * -(-plan.train_rows // 3)

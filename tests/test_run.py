@@ -38,7 +38,7 @@ def test_the_manifest_says_what_the_artifact_is_made_of(finished: tuple[Config, 
     assert manifest is not None
     assert [record.path for record in manifest.files] == ["eval.jsonl", "rejects.jsonl", "train.jsonl"]
     assert manifest.seconds > 0 and 20e6 < manifest.peak_memory_bytes < 6e9
-    assert manifest.result["train_rows"] + manifest.result["eval_rows"] == manifest.result["read"]
+    assert manifest.result["rejected"] + manifest.result["train_rows"] + 10 == manifest.result["read"] == 150
     assert not (finished[1] / "data" / "in_progress.json").exists()
 
 

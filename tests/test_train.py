@@ -26,14 +26,18 @@ MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("base"), hidden=128, feed_forward=256, layers=2)
+    folder = save_model(tmp_path_factory.mktemp("base"), hidden=128, feed_forward=256, layers=2)
+    rows = [{"Question": f"Is {n} even?", "Complex_CoT": f"I halve {n}.", "Response": "Yes."} for n in range(10)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
 
 
 def command(base: Path, run_dir: Path) -> list[str]:
     settings = [
         f"model.base={base}",
         "name=tiny",
-        "data.eval_rows=140",
+        f"data.source={base / 'rows.jsonl'}",
+        "data.eval_rows=2",
         f"training.max_steps={STEPS}",
         "training.checkpoint_steps=2",
         "training.logging_steps=1",
