@@ -275,6 +275,11 @@ def _trainer(
         callbacks=[Bookkeeping()],
     )
     trainer.remove_callback(PrinterCallback)
+    # TRL casts the adapter of a 4-bit model to bfloat16, and peft casts it back to float32 when a checkpoint is
+    # loaded: a resumed training would not be the same one. In bfloat16 small updates are lost besides.
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     return trainer
 
 
