@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from tiny_models import save_adapter, save_model
 
 from bench.engines import EngineName
 from pipeline.prompts import ChatFormat
@@ -15,7 +17,6 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-_TEXT = "What is the mechanism of action of metformin? It lowers the production of glucose in the liver. "
 
 
 class ByteVocabulary:
@@ -75,56 +76,10 @@ class FakeEngine:
 
 
 def make_tiny_model(folder: Path) -> Path:
-    """A random Llama of two layers with a byte-level tokenizer, laid out as Hugging Face does."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([_TEXT] * 3, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        chat_template=CHATML,
-    )
-    fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(fast),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        bos_token_id=fast.bos_token_id,
-        eos_token_id=fast.eos_token_id,
-        initializer_range=0.2,  # large enough for the logits to differ clearly
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    """A random Llama of two layers; its logits differ clearly, so that greedy decoding is stable."""
+    return save_model(folder, layers=2, dtype=torch.float32)
 
 
 def make_adapter(base: Path, folder: Path) -> Path:
     """A random LoRA adapter for ``base`` whose change is large enough to be seen."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(1)
-    adapted = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
-        LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
-    )
-    adapted.save_pretrained(folder)
-    return folder
+    return save_adapter(folder, base, r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])

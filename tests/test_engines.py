@@ -6,6 +6,7 @@ import pytest
 from bench_models import make_adapter, make_tiny_model
 
 from bench import engines
+from export.export import export_models
 from pipeline.errors import MedcotError
 from pipeline.hardware import usable_cores
 from pipeline.prompts import Example
@@ -31,7 +32,6 @@ def adapter(base: Path) -> Path:
 @pytest.fixture(scope="module")
 def gguf(base: Path, adapter: Path) -> Path:
     pytest.importorskip("llama_cpp")
-    from export.export import export_models
 
     out_dir = base.parent / "gguf"
     exported = export_models(base, adapter, out_dir, "tiny", ["F16"])
@@ -150,7 +150,7 @@ def test_text_and_timings(which: str, request: pytest.FixtureRequest) -> None:
     assert engine.text(ids).endswith("Type 2 diabetes.<|im_end|>")
     assert engine.prompt_seconds(ids) > 0
     assert engine.decode_seconds(ids[:5]) > 0
-    assert max(ids) < engine.vocabulary_size <= 320
+    assert max(ids) < engine.vocabulary_size
     assert engine.file_bytes > 100_000
 
 

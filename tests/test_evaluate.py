@@ -7,6 +7,7 @@ import pytest
 from bench_models import FakeEngine, make_tiny_model
 
 from bench import engines, evaluate
+from export.export import export_models
 from pipeline.artifacts import Manifest, write_manifest
 from pipeline.config import Config
 from pipeline.errors import MedcotError
@@ -203,7 +204,6 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_the_stage_on_real_ggufs(tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
-    from export.export import export_models
 
     exported = export_models(
         make_tiny_model(tmp_path / "base"), None, tmp_path / "gguf", "tiny", ["F16"], base_quantization="F16"

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from export_models import SHARED, read_metadata, read_tensors, save_adapter, save_model, tensor_bytes
 from gguf import TokenType
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from tiny_models import SHARED, read_metadata, read_tensors, save_adapter, save_model, tensor_bytes
 from transformers import LlamaForCausalLM
 
 from export import export as export_module

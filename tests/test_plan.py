@@ -2,12 +2,10 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import shared_tokenizer
-from export_models import save_model
+from tiny_models import save_model
 
 from pipeline.config import load_config
 from pipeline.plan import _parameters, make_plan
-from pipeline.prompts import Example
 
 LLAMA_8B = {
     "hidden_size": 4096,
@@ -64,15 +62,3 @@ def test_a_run_that_cannot_fit_names_the_setting(tmp_path: Path) -> None:
     (base / "config.json").write_text(json.dumps(config))
     plan = make_plan(load_config(None, [f"model.base={base}", "model.load_in_4bit=false"]))
     assert any("model.load_in_4bit=true" in problem for problem in plan.problems)
-
-
-def test_r1_labels_hold_the_reasoning() -> None:
-    from pipeline.base_model import load_tokenizer
-    from pipeline.plan import label_fault
-    from pipeline.prompts import ChatFormat
-    from pipeline.vocabulary import TransformersVocabulary
-
-    tokenizer = load_tokenizer(shared_tokenizer("deepseek-r1-distill-llama-8b"))
-    vocabulary = TransformersVocabulary(tokenizer)
-    formatted = ChatFormat(tokenizer.chat_template, vocabulary)
-    assert label_fault(formatted, vocabulary, Example("q", "because", "a")) is None

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 from conftest import shared_tokenizer
-from export_models import save_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import save_model
 
 from pipeline.base_model import load_chat_format
 from pipeline.config import Config, load_config

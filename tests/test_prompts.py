@@ -1,15 +1,17 @@
 """Ids and labels for three real templates: nothing lost, nothing doubled, nothing a user types becomes control."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
 from conftest import shared_tokenizer
-from export_models import save_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_models import save_tokenizer
 
 from pipeline.base_model import load_tokenizer
 from pipeline.errors import MedcotError
+from pipeline.plan import label_fault
 from pipeline.prompts import IGNORED_LABEL, ChatFormat, Example
 from pipeline.vocabulary import TransformersVocabulary
 
@@ -30,22 +32,21 @@ class Model:
         return self.vocabulary.decode(self.format.encode(example).completion_ids)
 
 
+@cache
+def loaded(folder: Path) -> Model:
+    return Model(folder)
+
+
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
-    return {"chatml": Model(_chatml(tmp_path_factory))}
-
-
-def _chatml(factory: pytest.TempPathFactory) -> Path:
-    folder = factory.mktemp("chatml")
+def chatml(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    folder = tmp_path_factory.mktemp("chatml")
     save_tokenizer(folder)
-    return folder
+    return loaded(folder)
 
 
 @pytest.fixture(scope="module", params=["chatml", R1, TINYLLAMA])
-def model(request: pytest.FixtureRequest, models: dict[str, Model]) -> Model:
-    if request.param not in models:
-        models[request.param] = Model(shared_tokenizer(request.param))
-    return models[request.param]
+def model(request: pytest.FixtureRequest, chatml: Model) -> Model:
+    return chatml if request.param == "chatml" else loaded(shared_tokenizer(request.param))
 
 
 def test_rendering_is_transformers_own(model: Model) -> None:
@@ -65,6 +66,10 @@ def test_labels_hold_reasoning_answer_and_end_of_turn_exactly(model: Model) -> N
     encoded = model.format.encode(EXAMPLE)
     assert encoded.completion_ids[-1] == model.tokenizer.eos_token_id
     assert encoded.input_ids[-len(encoded.completion_ids) :] == encoded.completion_ids
+
+
+def test_the_preflight_finds_everything_in_the_labels(model: Model) -> None:
+    assert label_fault(model.format, model.vocabulary, EXAMPLE) is None
 
 
 def test_the_prompt_is_outside_the_loss(model: Model) -> None:
@@ -92,7 +97,7 @@ def test_exactly_one_bos_where_the_model_wants_one(model: Model) -> None:
 
 
 def test_r1_template_drops_reasoning_and_this_module_does_not(r1_tokenizer: Path) -> None:
-    r1 = Model(r1_tokenizer)
+    r1 = loaded(r1_tokenizer)
     thought = f"<think>\n{EXAMPLE.reasoning}\n</think>\n\n{EXAMPLE.answer}"
     conversation = [{"role": "user", "content": "x"}, {"role": "assistant", "content": thought}]
     assert "ECG first" in r1.tokenizer.apply_chat_template(conversation, tokenize=False)
@@ -104,7 +109,7 @@ def test_r1_template_drops_reasoning_and_this_module_does_not(r1_tokenizer: Path
 
 
 def test_r1_ids_of_a_whole_conversation_are_the_published_ones(r1_tokenizer: Path) -> None:
-    ids = Model(r1_tokenizer).format.question_ids("Hi")
+    ids = loaded(r1_tokenizer).format.question_ids("Hi")
     assert ids == [128000, 128011, 13347, 128012, 128013, 198]
 
 
@@ -164,6 +169,6 @@ def test_a_system_prompt_is_in_the_prompt(model: Model) -> None:
         ("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}", "rewrites message contents"),
     ],
 )
-def test_templates_that_cannot_be_used_are_told(models: dict[str, Model], template: str, message: str) -> None:
+def test_templates_that_cannot_be_used_are_told(chatml: Model, template: str, message: str) -> None:
     with pytest.raises(MedcotError, match=message):
-        ChatFormat(template, models["chatml"].vocabulary).question_ids("abc")
+        ChatFormat(template, chatml.vocabulary).question_ids("abc")

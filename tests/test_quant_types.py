@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from export_models import quantize_with_libllama, read_metadata, read_tensors, save_model, tensor_bytes
+from tiny_models import quantize_with_libllama, read_metadata, read_tensors, save_model, tensor_bytes
 
 from export.export import export_models
 from export.quant_types import FILE_TYPES, ModelShape, file_type, tensor_type

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from export_models import save_model
+from tiny_models import save_model
 
 from pipeline import run as driver
 from pipeline.artifacts import read_manifest

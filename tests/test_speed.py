@@ -6,6 +6,7 @@ import pytest
 from bench_models import FakeEngine, make_adapter, make_tiny_model
 
 from bench import engines, speed, speed_probe
+from export.export import export_models
 from pipeline.config import BenchConfig
 from pipeline.errors import MedcotError
 from pipeline.results import Benchmark
@@ -37,7 +38,6 @@ def test_speeds_are_tokens_over_time(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 def test_a_gguf_is_measured_in_a_process_of_its_own(base: Path, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
-    from export.export import export_models
 
     exported = export_models(base, None, tmp_path / "gguf", "tiny", ["F16"])
     gguf = tmp_path / "gguf" / exported.ship

@@ -11,14 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from export_models import save_model
 from safetensors.numpy import load_file
+from tiny_models import save_model
 
 from pipeline.artifacts import Artifact
 from pipeline.checkpoints import SEAL_NAME
 from pipeline.config import load_config
 from pipeline.results import TrainedAdapter
 from pipeline.train import MetricsLog, trainer_arguments
+
+trained = pytest.mark.e2e  # these train, in processes of their own
 
 STEPS = 6
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -60,8 +62,10 @@ def losses(adapter: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in rows if "loss" in row]
 
 
+@trained
 def test_every_lora_matrix_moved_and_the_adapter_names_its_base(undisturbed: Path, base: Path) -> None:
     matrices = load_file(undisturbed / "adapter_model.safetensors")
+    assert {value.dtype for value in matrices.values()} == {np.dtype(np.float32)}
     assert len(matrices) == 2 * len(MODULES) * 2  # layers x projections x (A, B)
     # B starts at zero, so a B that is not zero has been trained; and then A has had a gradient too.
     assert all(np.abs(value).max() > 0 for name, value in matrices.items() if "lora_B" in name)
@@ -70,6 +74,7 @@ def test_every_lora_matrix_moved_and_the_adapter_names_its_base(undisturbed: Pat
     assert (settings["r"], settings["lora_alpha"]) == (16, 32)
 
 
+@trained
 def test_the_result_says_what_was_trained(undisturbed: Path) -> None:
     result = Artifact.load(undisturbed, TrainedAdapter).result
     shapes = {"q": 128 + 128, "k": 128 + 64, "v": 128 + 64, "o": 128 + 128, "gate": 384, "up": 384, "down": 384}
@@ -81,6 +86,7 @@ def test_the_result_says_what_was_trained(undisturbed: Path) -> None:
     assert result.tokens_per_second > 0
 
 
+@trained
 def test_what_is_left_is_the_artifact_and_nothing_else(undisturbed: Path) -> None:
     assert not (undisturbed / "checkpoints").exists() and not (undisturbed / "in_progress.json").exists()
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "metrics.jsonl"} <= {
@@ -88,6 +94,7 @@ def test_what_is_left_is_the_artifact_and_nothing_else(undisturbed: Path) -> Non
     }
 
 
+@trained
 def test_a_killed_training_ends_as_the_undisturbed_one(base: Path, undisturbed: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(command(base, tmp_path), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120

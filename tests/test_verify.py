@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from export_models import SHARED, save_adapter, save_model
+from tiny_models import SHARED, save_adapter, save_model
 from transformers import AutoTokenizer
 
 from export import architecture, tokenizer_metadata, verify, weights

@@ -1,4 +1,4 @@
-"""Tiny random models, adapters and tokenizers for the tests of export and verify."""
+"""Tiny random models, adapters and tokenizers for the tests of every stage."""
 
 from __future__ import annotations
 
