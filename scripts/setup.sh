@@ -24,8 +24,9 @@ find_python() {
     fail "Python 3.11, 3.12 or 3.13 with venv is needed: install python3.11 and python3.11-venv, or set MEDCOT_PYTHON."
 }
 
-# GCC before 13.3 drops stores that AMX's tile configuration needs (GCC bug 114098), and llama.cpp then dies of a
-# general protection fault on CPUs with AMX. So AMX is left out of the build; laptops have none anyway.
+# GCC 12.2 drops stores that AMX's tile configuration needs (its header declares the 64-byte operand as 8 bytes), and
+# llama.cpp then dies of a general protection fault on CPUs with AMX (LOG.md). So AMX is left out of the build; laptops
+# have none anyway.
 without_amx() {
     local flags="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
     # shellcheck disable=SC2086
