@@ -264,6 +264,9 @@ def doctor(as_json: bool) -> None:
 
 def main() -> None:
     """Entry point: run a command and end with the right status."""
+    from pipeline.processes import quiet_libraries
+
+    quiet_libraries()
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.Exit as error:

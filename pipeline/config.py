@@ -1,6 +1,6 @@
 """Typed configuration: defaults live here once, presets and ``--set`` change them, every error is told at once.
 
-medcot run deepseek-r1-8b --set training.max_steps=10
+For example ``medcot run deepseek-r1-8b --set training.max_steps=10``.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from pipeline.base_model import load_tokenizer, local_base
 from pipeline.config import Config
 from pipeline.hardware import GIBIBYTE, compute_dtype, detect
 from pipeline.prepare import distribution, select
-from pipeline.prompts import IGNORED_LABEL, THINK_CLOSE, THINK_OPEN, ChatFormat, Example
+from pipeline.prompts import IGNORED_LABEL, ChatFormat, Example
 from pipeline.results import Distribution
 from pipeline.vocabulary import TransformersVocabulary
 
@@ -143,8 +143,6 @@ def label_fault(chat_format: ChatFormat, vocabulary: TransformersVocabulary, exa
     labelled = vocabulary.decode(chat_format.encode(example).completion_ids)
     if labelled != chat_format.completion_text(example):
         return f"the labels say {labelled!r:.120} instead of the completion"
-    if example.reasoning is not None and not labelled.startswith(THINK_OPEN) and THINK_CLOSE not in labelled:
-        return "the reasoning is not in the labels"
     return None
 
 

@@ -126,10 +126,7 @@ class ChatFormat:
 
     def completion_text(self, example: Example) -> str:
         """What the model should write, from the opening of its thought to the end of its turn, as text."""
-        answer = example.answer.strip()
-        if example.reasoning is None:
-            return answer + self.vocabulary.eos_token
-        return f"{THINK_OPEN}\n{example.reasoning.strip()}\n{THINK_CLOSE}\n\n{answer}{self.vocabulary.eos_token}"
+        return "".join(piece.text for piece in self._completion_pieces(example))
 
     def encode(self, example: Example) -> EncodedExample:
         """Ids and labels of one example; the loss sees the thought, the answer and the end of turn."""

@@ -52,8 +52,8 @@ class Stage:
     """One step of the pipeline.
 
     ``function`` is "module:name", imported only in the stage's process; ``settings`` are the dotted keys of the
-    configuration that its output depends on; ``packages`` the distributions whose versions
-    matter; ``environment`` what its process finds set unless the user has set it.
+    configuration that its output depends on; ``packages`` the distributions whose versions matter;
+    ``environment`` what its process finds set unless the user has set it.
     """
 
     name: str
@@ -89,7 +89,7 @@ STAGES = (
         settings=("seed", "model", "prompt", "lora", "training"),
         packages=("unsloth", "trl", "peft", "transformers", "torch", "bitsandbytes"),
         result=results.TrainedAdapter,
-        # glibc maps every large tensor anew and returns it to the system at once; kept, a CPU step is 7 % faster
+        # glibc maps every large tensor anew and returns it to the system at once; kept, a CPU step is 8 % faster
         # (LOG.md, 2026-11-22).
         environment={"MALLOC_MMAP_THRESHOLD_": "2000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000"},
     ),
@@ -140,6 +140,21 @@ STAGES = (
     ),
 )
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
+
+
+@dataclass(frozen=True)
+class StageIdentity:
+    """Everything a stage's output depends on."""
+
+    stage: str
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    versions: dict[str, str]
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.stage, self.config, self.inputs, self.versions)
+
 
 Status = Literal["made", "up to date", "gone on with"]
 
@@ -229,7 +244,7 @@ def _bring_up_to_date(
     stage: Stage, config: Config, run_dir: Path, force: bool, announce: Callable[[str], None]
 ) -> StageOutcome:
     folder = run_dir / stage.folder
-    expected = expected_fingerprint(stage, config, run_dir)
+    expected = identify(stage, config, run_dir).fingerprint
     manifest = read_manifest(folder)
     if manifest is not None and not force:
         damaged = changed_files(folder, manifest)
@@ -247,14 +262,15 @@ def _bring_up_to_date(
     return StageOutcome(stage, status, made, folder)
 
 
-def expected_fingerprint(stage: Stage, config: Config, run_dir: Path) -> str:
+def identify(stage: Stage, config: Config, run_dir: Path) -> StageIdentity:
+    """What the stage's output would be made of now; raises MedcotError when an input is not finished."""
     digests = {}
     for name, path in stage_inputs(stage, run_dir).items():
         manifest = read_manifest(path)
         if manifest is None:
             raise MedcotError(f"{stage.name} needs the artifact of {name}, and {path} holds none: run {name} first.")
         digests[name] = manifest.digest
-    return fingerprint(stage.name, stage_config(stage, config), digests, stage_versions(stage))
+    return StageIdentity(stage.name, stage_config(stage, config), digests, stage_versions(stage))
 
 
 def _start_folder(stage: Stage, folder: Path, expected: str, force: bool) -> Status:

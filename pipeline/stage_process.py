@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import sys
 import time
@@ -16,30 +15,24 @@ from pipeline.artifacts import (
     FileRecord,
     Manifest,
     artifact_files,
-    read_manifest,
     sha256_file,
     write_manifest,
 )
 from pipeline.errors import MedcotError
 from pipeline.memory import peak_memory_bytes
-from pipeline.processes import end_with_parent
+from pipeline.processes import end_with_parent, quiet_libraries
 from pipeline.run import (
-    expected_fingerprint,
+    identify,
     load_run_config,
-    stage_config,
     stage_inputs,
     stage_named,
-    stage_versions,
 )
 
 
 def main(stage_name: str, run_dir: Path) -> int:
     """Run one stage and write its manifest; returns the exit status, the message is on standard error."""
     end_with_parent()
-    # bitsandbytes regrets at import that an optional kernel package is absent; nothing is lost without it.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars would fill a log file with half lines
+    quiet_libraries()
     # Libraries print to standard output; under --json that belongs to the result alone.
     os.dup2(2, 1)
     try:
@@ -69,19 +62,20 @@ def perform(stage_name: str, run_dir: Path) -> Manifest:
     config = load_run_config(run_dir)
     inputs = stage_inputs(stage, run_dir)
     out_dir = run_dir / stage.folder
+    # Before the work: an input that is changed meanwhile must not look up to date afterwards.
+    identity = identify(stage, config, run_dir)
     started = time.monotonic()
     result = stage.load()(config, inputs, out_dir)
     files = [
         FileRecord(path=str(path.relative_to(out_dir)), size=path.stat().st_size, sha256=sha256_file(path))
         for path in artifact_files(out_dir)
     ]
-    digests = {name: manifest.digest for name, path in inputs.items() if (manifest := read_manifest(path))}
     manifest = Manifest(
         stage=stage.name,
-        fingerprint=expected_fingerprint(stage, config, run_dir),
-        config=stage_config(stage, config),
-        inputs=digests,
-        versions=stage_versions(stage),
+        fingerprint=identity.fingerprint,
+        config=identity.config,
+        inputs=identity.inputs,
+        versions=identity.versions,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=round(time.monotonic() - started, 3),
         peak_memory_bytes=peak_memory_bytes(),

@@ -54,9 +54,9 @@ def test_a_second_run_does_nothing(finished: tuple[Config, Path], monkeypatch: p
 )
 def test_settings_that_matter_change_the_fingerprint(finished: tuple[Config, Path], base: Path, change: str) -> None:
     stage = driver.stage_named("prepare")
-    old = driver.expected_fingerprint(stage, finished[0], finished[1])
-    assert driver.expected_fingerprint(stage, tiny_config(base, change), finished[1]) != old
-    assert driver.expected_fingerprint(stage, tiny_config(base, "training.learning_rate=1e-5"), finished[1]) == old
+    old = driver.identify(stage, finished[0], finished[1]).fingerprint
+    assert driver.identify(stage, tiny_config(base, change), finished[1]).fingerprint != old
+    assert driver.identify(stage, tiny_config(base, "training.learning_rate=1e-5"), finished[1]).fingerprint == old
 
 
 def test_a_lost_file_is_made_again(finished: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch) -> None:
