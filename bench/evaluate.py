@@ -216,8 +216,9 @@ def _evaluate_side_by_side(
 
 def _side_by_side(paths: Sequence[Path]) -> int:
     """How many models to hold at once: as many as there are cores, if half of the free memory takes their files."""
-    sizes = sum(path.stat().st_size for path in paths if path.is_file())
-    fits = all(path.is_file() for path in paths) and sizes < psutil.virtual_memory().available / 2
+    if not all(path.is_file() for path in paths):
+        return 1  # a model under transformers: its memory is not its file's size
+    fits = sum(path.stat().st_size for path in paths) < psutil.virtual_memory().available / 2
     return min(len(paths), usable_cores()) if fits else 1
 
 
