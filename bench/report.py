@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jinja2
 from pydantic import BaseModel
 
-from bench.charts import describe_loss, loss_curve
+from bench.charts import describe_lengths, describe_loss, length_histograms, loss_curve
 from bench.statistics import percentile
 from pipeline.artifacts import Artifact, write_text
 from pipeline.config import Config
@@ -412,21 +412,43 @@ def _data_section(data: PreparedData | None) -> Section | None:
         ("not used", f"{data.unused_rows:,}"),
         ("rejected", f"{data.rejected:,}"),
         *((f"rejected: {reason}", f"{count:,}") for reason, count in sorted(data.reject_reasons.items())),
+        *((f"repaired: {kind}", f"{count:,}") for kind, count in sorted(data.repaired.items())),
+        ("reasoning cut to fit the context", f"{data.cut_rows:,}"),
+        ("question of an earlier record", f"{data.repeated_questions:,}"),
+        ("nearly equal to an earlier record", f"{data.near_duplicates:,}"),
         ("with reasoning", f"{data.with_reasoning:,}"),
         ("with options", f"{data.with_options:,}"),
     )
     lengths = [(f"{part}, words", distribution) for part, distribution in data.words.items()]
-    rows = tuple(
-        (name, *(f"{value:,.0f}" for value in (d.minimum, d.median, d.p95, d.maximum)))
-        for name, d in [*lengths, ("whole example, tokens", data.tokens)]
-    )
+    lengths += [(f"{part}, tokens", distribution) for part, distribution in data.tokens.items()]
+    rows = tuple((name, *(f"{value:,.0f}" for value in (d.minimum, d.median, d.p95, d.maximum))) for name, d in lengths)
     return Section(
         "Data",
-        (f"Source: {data.source}.",),
+        (f"Source: {data.source}.", _leakage_sentence(data)),
         (
             Table(("Records", "Number"), "lr", counts),
             Table(("Length", "Minimum", "Median", "95 %", "Maximum"), "lrrrr", rows),
         ),
+        chart=length_histograms(data.tokens),
+        chart_text=describe_lengths(data.tokens),
+    )
+
+
+def _leakage_sentence(data: PreparedData) -> str:
+    leakage = data.leakage
+    found = (
+        f"{leakage.leaking_records:,} training records held at least {_percent(leakage.overlap)} of the 8-grams of "
+        f"{leakage.held_out_given_away:,} held-out ones"
+    )
+    if leakage.leaking_records == 0:
+        found = f"No training record held {_percent(leakage.overlap)} of a held-out record's 8-grams"
+    elif leakage.policy == "drop":
+        found += " and were left out"
+    else:
+        found += " and were trained on all the same, as data.leakage=keep asks: the held-out figures flatter the model"
+    return (
+        f"{found}. {leakage.held_out_sharing_an_8_gram:,} of {data.eval_rows:,} held-out records have some run of "
+        "eight words in common with the training records used."
     )
 
 

@@ -24,8 +24,9 @@ from pipeline.errors import MedcotError
 
 MANIFEST_NAME = "manifest.json"
 IN_PROGRESS_NAME = "in_progress.json"
+SCRATCH_NAME = "scratch"
 # Working state that lives inside an artifact's folder without being part of the artifact.
-WORKING_NAMES = frozenset({MANIFEST_NAME, IN_PROGRESS_NAME, "checkpoints"})
+WORKING_NAMES = frozenset({MANIFEST_NAME, IN_PROGRESS_NAME, SCRATCH_NAME, "checkpoints"})
 MANIFEST_FORMAT = 1
 
 

@@ -67,8 +67,9 @@ def local_base(base: str, revision: str | None = None, *, weights: bool = True) 
         return _from_package(base)
     folder = Path(base)
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise MedcotError(f"{folder} holds no model: config.json is missing.")
+        suffices = ("config.json",) if weights else ("config.json", "tokenizer.json", "tokenizer.model")
+        if not any((folder / name).is_file() for name in suffices):
+            raise MedcotError(f"{folder} holds no model: there is no {' and no '.join(suffices)}.")
         return folder
     if folder.is_absolute() or base.startswith(".") or base.count("/") != 1:
         raise MedcotError(

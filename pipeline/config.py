@@ -47,16 +47,36 @@ class Columns(Section):
 
 
 class DataConfig(Section):
-    source: str = Field("sample", description="'sample' (packaged), a local JSONL/JSON file, or a hub data set id.")
+    source: str = Field(
+        "sample",
+        description="'sample' (packaged), a JSONL, JSON, CSV or Parquet file, a folder of them, or a hub data set id.",
+    )
     config: str | None = Field(None, description="Configuration name of a hub data set.")
     split: str = Field("train", description="Split of a hub data set.")
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
     limit: int | None = Field(None, ge=2, description="Read only the first so many records.")
     columns: Columns = Field(default_factory=lambda: Columns.model_validate({}))
     min_characters: int = Field(1, ge=1, description="A record with a shorter question or answer is rejected.")
+    too_long: Literal["drop", "cut"] = Field(
+        "drop",
+        description="A record longer than model.max_seq_length: rejected, or its reasoning cut at sentences, never "
+        "its answer.",
+    )
+    duplicates: Literal["drop", "keep"] = Field(
+        "drop", description="A record that repeats an earlier one, exactly or nearly: rejected, or counted only."
+    )
+    near_duplicate_similarity: float = Field(
+        0.8, gt=0, le=1, description="Nearly the same: this share of two records' word triples is common to both."
+    )
+    leakage: Literal["drop", "keep"] = Field(
+        "drop", description="A training record that gives a held-out one away: rejected, or counted only."
+    )
+    leakage_overlap: float = Field(
+        0.5, gt=0, le=1, description="Given away: training has this share of a held-out record's 8-grams of words."
+    )
     shuffle: bool = Field(True, description="Shuffle with the run's seed before splitting.")
     train_rows: int | None = Field(None, ge=1, description="Records to train on; null takes all that remain.")
-    eval_rows: int = Field(50, ge=1, description="Records held out of training.")
+    eval_rows: int = Field(50, ge=1, description="Records held out of training: the ones after those in order.")
 
 
 class PromptConfig(Section):

@@ -1,223 +1,258 @@
 """Stage 1: read records, reject what cannot be learned from, hold some out, and say what was done.
 
-medcot run --only prepare
+    medcot run --only prepare
+
+Records stream through files: the sources are read once, usable records wait on disk, and what is kept in memory is
+some 60 bytes a record for the order, the duplicates and the statistics.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import random
+import shutil
+from array import array
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 
-from pipeline.artifacts import write_text
+from pipeline.artifacts import SCRATCH_NAME, atomic_path
 from pipeline.base_model import load_chat_format, local_base
-from pipeline.config import Columns, Config
+from pipeline.candidates import Candidates, json_line
+from pipeline.config import Config
+from pipeline.distributions import distribution
 from pipeline.errors import MedcotError
-from pipeline.prompts import THINK_CLOSE, THINK_OPEN, ChatFormat, Example
-from pipeline.results import Distribution, PreparedData
-from pipeline.sources import SourceRow, read_rows
+from pipeline.overlap import HeldOutGrams
+from pipeline.prompts import ChatFormat, Example
+from pipeline.records import Rejected, usable_record
+from pipeline.results import Distribution, Leakage, PreparedData
+from pipeline.sources import read_rows
 
 TRAIN_FILE = "train.jsonl"
 EVAL_FILE = "eval.jsonl"
 REJECTS_FILE = "rejects.jsonl"
 
-
-@dataclass(frozen=True)
-class Record:
-    """A usable record; ``options`` maps letters to texts and ``answer_idx`` is the right letter."""
-
-    example: Example
-    options: dict[str, str] | None
-    answer_idx: str | None
-    source: str
-    number: int
-    tokens: int
-
-    def to_json(self) -> dict[str, Any]:
-        fields: dict[str, Any] = {
-            "question": self.example.question,
-            "reasoning": self.example.reasoning,
-            "answer": self.example.answer,
-            "source": self.source,
-            "number": self.number,
-        }
-        if self.options is not None:
-            fields |= {"options": self.options, "answer_idx": self.answer_idx}
-        return fields
-
-
-class Rejected(Exception):
-    """Why a record is left out, in a few words that are counted over all records."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
+Numbers = npt.NDArray[np.int64]
 
 
 def prepare(config: Config, inputs: dict[str, Path], out_dir: Path) -> PreparedData:
     """Write train.jsonl, eval.jsonl and rejects.jsonl; every record read ends in exactly one place or is unused."""
     base = local_base(config.model.base, config.model.revision, weights=False)
     chat_format = load_chat_format(base, config.prompt.system)
-    records, rejects = select(config, chat_format)
-    reasons = Counter(reject["reason"] for reject in rejects)
-    train, held_out, unused = split(config, records, reasons)
-    _write_jsonl(out_dir / TRAIN_FILE, [record.to_json() for record in train])
-    _write_jsonl(out_dir / EVAL_FILE, [record.to_json() for record in held_out])
-    _write_jsonl(out_dir / REJECTS_FILE, rejects)
-    used = train + held_out
-    words: dict[Any, Distribution] = {
-        "question": distribution([_words(record.example.question) for record in used]),
-        "answer": distribution([_words(record.example.answer) for record in used]),
-    }
-    thoughts = [record.example.reasoning for record in used if record.example.reasoning is not None]
-    if thoughts:
-        words["reasoning"] = distribution([_words(thought) for thought in thoughts])
-    return PreparedData(
-        source=config.data.source,
-        read=len(records) + len(rejects),
-        train_rows=len(train),
-        eval_rows=len(held_out),
-        unused_rows=unused,
-        rejected=len(rejects),
-        reject_reasons=dict(reasons.most_common()),
-        with_reasoning=len(thoughts),
-        with_options=sum(record.options is not None for record in used),
-        words=words,
-        tokens=distribution([record.tokens for record in used]),
-        template_sha256=chat_format.template_sha256,
+    with _scratch(out_dir) as scratch, Candidates(scratch) as candidates, _Rejects(out_dir / REJECTS_FILE) as rejects:
+        reading = read_candidates(config, chat_format, candidates, rejects)
+        repeats, near = find_duplicates(config, candidates, rejects)
+        dropped = {*repeats, *near} if config.data.duplicates == "drop" else set()
+        order = _order(config, reading.drawn, dropped)
+        parts = split(config, candidates, order, rejects)
+        for name, numbers in ((TRAIN_FILE, parts.train), (EVAL_FILE, parts.held_out)):
+            with atomic_path(out_dir / name) as path, path.open("wb") as stream:
+                stream.writelines(candidates.line(number) for number in numbers)
+        used = np.array([*parts.train, *parts.held_out], dtype=np.int64)
+        return PreparedData(
+            source=config.data.source,
+            read=reading.read,
+            train_rows=len(parts.train),
+            eval_rows=len(parts.held_out),
+            unused_rows=parts.unused,
+            rejected=rejects.count,
+            reject_reasons=dict(rejects.reasons.most_common()),
+            repaired=dict(reading.repairs.most_common()),
+            cut_rows=int(candidates.measure("cut", used).sum()),
+            repeated_questions=len(repeats),
+            near_duplicates=len(near),
+            leakage=parts.leakage,
+            with_reasoning=int((candidates.measure("reasoning", used) > 0).sum()),
+            with_options=int(candidates.measure("options", used).sum()),
+            words=_words(candidates, used),
+            tokens=_tokens(candidates, used),
+            template_sha256=chat_format.template_sha256,
+        )
+
+
+class _Rejects:
+    """rejects.jsonl while it is written: one line for each record left out, with source, number and reason."""
+
+    def __init__(self, path: Path) -> None:
+        self._context = atomic_path(path)
+        self._stream: BinaryIO
+        self.reasons: Counter[str] = Counter()
+
+    def __enter__(self) -> _Rejects:
+        self._stream = self._context.__enter__().open("wb")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: Any) -> None:
+        self._stream.close()
+        if isinstance(value, MedcotError):  # too few are left: the rejected ones are what the user wants to see
+            kind = value = at = None
+        self._context.__exit__(kind, value, at)
+
+    @property
+    def count(self) -> int:
+        return self.reasons.total()
+
+    def add(self, source: str, number: int, reason: Rejected, columns: dict[str, Any] | None) -> None:
+        self.reasons[reason.reason] += 1
+        fields = {"source": source, "number": number, "reason": reason.reason, "detail": str(reason)}
+        self._stream.write(json_line({**fields, "columns": columns}))
+
+    def add_candidate(self, candidates: Candidates, number: int, reason: Rejected) -> None:
+        fields = candidates.fields(number)
+        self.add(fields.pop("source"), fields.pop("number"), reason, fields)
+
+
+@dataclass
+class Reading:
+    """What reading found. ``drawn`` has an entry for each row that takes part in the shuffle: its candidate's number,
+    or -1 where it was rejected all the same."""
+
+    read: int = 0
+    drawn: array[int] = field(default_factory=lambda: array("q"))
+    repairs: Counter[str] = field(default_factory=Counter)
+
+
+def read_candidates(config: Config, chat_format: ChatFormat, candidates: Candidates, rejects: _Rejects) -> Reading:
+    """Read the source once; every row becomes a candidate or a reject."""
+    reading = Reading()
+    for row in read_rows(config.data):
+        reading.read += 1
+        try:
+            record = usable_record(row, config, chat_format)
+        except Rejected as reason:
+            rejects.add(row.source, row.number, reason, row.columns)
+            if reason.drawn:
+                reading.drawn.append(-1)
+        else:
+            reading.drawn.append(len(candidates))
+            candidates.append(record)
+            reading.repairs.update(record.repairs)
+    return reading
+
+
+def find_duplicates(config: Config, candidates: Candidates, rejects: _Rejects) -> tuple[dict[int, int], dict[int, int]]:
+    """Candidates that repeat an earlier one's question, and those nearly equal to an earlier one: number -> twin.
+
+    They are rejected where the configuration drops duplicates.
+    """
+    repeats = candidates.repeats()
+    skip = np.zeros(len(candidates), dtype=np.bool_)
+    skip[list(repeats)] = True
+    near = candidates.near.find(config.data.near_duplicate_similarity, skip, candidates.text)
+    if config.data.duplicates == "drop":
+        for reason, found in (("duplicate question", repeats), ("near duplicate", near)):
+            for number, twin in sorted(found.items()):
+                rejects.add_candidate(candidates, number, Rejected(reason, f"same as {candidates.place(twin)}"))
+    return repeats, near
+
+
+def _order(config: Config, drawn: array[int], dropped: set[int]) -> Numbers:
+    """Candidates in the order in which they are taken, without the dropped ones."""
+    numbers: Numbers = np.array(drawn, dtype=np.int64)
+    if config.data.shuffle:
+        # The permutation of datasets' Dataset.shuffle(seed), so that recipes written with it draw the same rows.
+        numbers = numbers[np.random.default_rng(config.seed).permutation(len(numbers))]
+    return numbers[(numbers >= 0) & ~np.isin(numbers, list(dropped))]
+
+
+@dataclass(frozen=True)
+class Split:
+    train: array[int]
+    held_out: list[int]
+    unused: int
+    leakage: Leakage
+
+
+def split(config: Config, candidates: Candidates, order: Numbers, rejects: _Rejects) -> Split:
+    """Training records, then the held-out ones after them; what gives a held-out one away is not trained on.
+
+    The place of a training record that is left out goes to the next unused one.
+    """
+    data = config.data
+    available = len(order) - data.eval_rows
+    if available < (data.train_rows or 1):
+        raise _too_few(config, len(order), rejects)
+    first_held_out = available if data.train_rows is None else data.train_rows
+    held_out = [int(number) for number in order[first_held_out : first_held_out + data.eval_rows]]
+    spare = order[first_held_out + data.eval_rows :]
+    grams = HeldOutGrams([candidates.text(number) for number in held_out])
+    sharing: set[int] = set()
+    given_away: set[int] = set()
+    train = array("q")
+    leaking = taken = 0
+    for number in map(int, itertools.chain(order[:first_held_out], spare)):
+        if len(train) == first_held_out:
+            break
+        taken += 1
+        owners, shares = grams.shares(candidates.text(number))
+        worst = int(shares.argmax()) if len(shares) else -1
+        if worst >= 0 and shares[worst] >= data.leakage_overlap:
+            leaking += 1
+            given_away.update(map(int, owners[shares >= data.leakage_overlap]))
+            if data.leakage == "drop":
+                twin = candidates.place(held_out[owners[worst]])
+                reason = Rejected("gives a held-out record away", f"has {shares[worst]:.0%} of the 8-grams of {twin}")
+                rejects.add_candidate(candidates, number, reason)
+                continue
+        sharing.update(map(int, owners))
+        train.append(number)
+    if len(train) < (data.train_rows or 1):
+        raise _too_few(config, len(order) - leaking, rejects)
+    leakage = Leakage(
+        policy=data.leakage,
+        overlap=data.leakage_overlap,
+        leaking_records=leaking,
+        held_out_given_away=len(given_away),
+        held_out_sharing_an_8_gram=len(sharing),
+    )
+    return Split(train, held_out, len(order) - taken - len(held_out), leakage)
+
+
+def _too_few(config: Config, usable: int, rejects: _Rejects) -> MedcotError:
+    explained = ", ".join(f"{reason}: {count}" for reason, count in rejects.reasons.most_common(3))
+    return MedcotError(
+        f"{config.data.source} gives {usable} usable records, but {config.data.train_rows or 'at least 1'} for "
+        f"training and {config.data.eval_rows} held out are wanted: lower data.train_rows or data.eval_rows, raise "
+        f"data.limit, or look at the rejected ones ({explained or 'none'}; {REJECTS_FILE})."
     )
 
 
-def select(config: Config, chat_format: ChatFormat) -> tuple[list[Record], list[dict[str, Any]]]:
-    """Usable records and rejects, in the order they were read."""
-    records: list[Record] = []
-    rejects: list[dict[str, Any]] = []
-    seen: dict[str, str] = {}
-    for row in read_rows(config.data):
-        try:
-            record = _usable(row, config, chat_format)
-            where = f"{row.source}:{row.number}"
-            first = seen.setdefault(" ".join(record.example.question.lower().split()), where)
-            if first != where:
-                raise Rejected("duplicate question", f"same as {first}")
-        except Rejected as rejection:
-            rejects.append(
-                {
-                    "source": row.source,
-                    "number": row.number,
-                    "reason": rejection.reason,
-                    "detail": str(rejection),
-                    "columns": row.columns,
-                }
-            )
-        else:
-            records.append(record)
-    return records, rejects
-
-
-def split(config: Config, records: Sequence[Record], reasons: Counter[str]) -> tuple[list[Record], list[Record], int]:
-    """Training records, held-out records, and how many are left over when ``train_rows`` limits the first."""
-    order = list(records)
-    if config.data.shuffle:
-        random.Random(config.seed).shuffle(order)
-    wanted = config.data.train_rows
-    available = len(order) - config.data.eval_rows
-    if available < (wanted or 1):
-        explained = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common(3))
-        raise MedcotError(
-            f"{config.data.source} gives {len(order)} usable records, but {wanted or 'at least 1'} for training and "
-            f"{config.data.eval_rows} held out are wanted: lower data.train_rows or data.eval_rows, or look at the "
-            f"rejected ones ({explained or 'none'})."
-        )
-    n_train = available if wanted is None else wanted
-    # Held-out records are the last ones, so that raising data.limit keeps the training order.
-    return order[:n_train], order[len(order) - config.data.eval_rows :], available - n_train
-
-
-def load_records(path: Path) -> list[dict[str, Any]]:
+def load_records(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a train.jsonl or eval.jsonl that ``prepare`` wrote."""
     with path.open(encoding="utf-8") as stream:
-        return [json.loads(line) for line in stream]
+        for line in stream:
+            yield json.loads(line)
 
 
 def load_examples(path: Path) -> list[Example]:
     return [Example(row["question"], row["reasoning"], row["answer"]) for row in load_records(path)]
 
 
-def distribution(values: Sequence[float]) -> Distribution:
-    array = np.asarray(values, dtype=float)
-    return Distribution(
-        n=len(array),
-        minimum=float(array.min()),
-        median=float(np.median(array)),
-        p95=float(np.percentile(array, 95)),
-        maximum=float(array.max()),
-    )
+def _words(candidates: Candidates, used: Numbers) -> dict[Any, Distribution]:
+    words = {name: candidates.measure(name, used) for name in ("question", "reasoning", "answer")}
+    words["reasoning"] = words["reasoning"][words["reasoning"] > 0]
+    return {name: distribution(values) for name, values in words.items() if len(values)}
 
 
-def _usable(row: SourceRow, config: Config, chat_format: ChatFormat) -> Record:
-    if row.columns is None:
-        raise Rejected("unreadable", row.fault or "")
-    names = config.data.columns
-    question = _text(row.columns, names.question)
-    answer = _text(row.columns, names.answer)
-    reasoning = None if names.reasoning is None else _text(row.columns, names.reasoning)
-    for name, text in ((names.question, question), (names.answer, answer)):
-        if len(text) < config.data.min_characters:
-            raise Rejected("too short", f"{name} has {len(text)} characters")
-    if reasoning is not None and not reasoning:
-        raise Rejected("empty", f"{names.reasoning}")
-    if any(tag in text for tag in (THINK_OPEN, THINK_CLOSE) for text in (reasoning or "", answer)):
-        raise Rejected("think tag in the text", "it would open or close the thought in the wrong place")
-    options, answer_idx = _options(row.columns, names)
-    example = Example(question, reasoning, answer)
-    tokens = len(chat_format.encode(example).input_ids)
-    if tokens > config.model.max_seq_length:
-        raise Rejected("too long", f"{tokens} tokens, model.max_seq_length is {config.model.max_seq_length}")
-    return Record(example, options, answer_idx, row.source, row.number, tokens)
+def _tokens(candidates: Candidates, used: Numbers) -> dict[Any, Distribution]:
+    prompt, thought, answer = (candidates.measure(name, used) for name in ("prompt", "thought", "reply"))
+    parts = {"prompt": prompt, "thought": thought[thought > 0], "answer": answer, "whole": prompt + thought + answer}
+    return {name: distribution(values) for name, values in parts.items() if len(values)}
 
 
-def _text(columns: dict[str, Any], name: str) -> str:
-    if name not in columns:
-        raise Rejected("missing column", f"{name} (found {', '.join(sorted(map(str, columns)))})")
-    value = columns[name]
-    if not isinstance(value, str):
-        raise Rejected("not text", f"{name} is {type(value).__name__}")
-    if any(0xD800 <= ord(character) <= 0xDFFF for character in value):
-        raise Rejected("not text", f"{name} holds half a surrogate pair")
-    return value.strip()
-
-
-def _options(columns: dict[str, Any], names: Columns) -> tuple[dict[str, str] | None, str | None]:
-    options = columns.get(names.options) if names.options else None
-    if not options:
-        return None, None
-    answer_idx = columns.get(names.answer_idx) if names.answer_idx else None
-    if not isinstance(options, dict) or not all(isinstance(text, str) for text in options.values()):
-        raise Rejected("options are not a mapping of letters to texts")
-    if answer_idx not in options:
-        raise Rejected("answer_idx is none of the options", repr(answer_idx))
-    return options, answer_idx
-
-
-def _words(text: str) -> int:
-    return len(text.split())
-
-
-def _write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    write_text(path, "".join(_json_line(row) for row in rows))
-
-
-def _json_line(row: dict[str, Any]) -> str:
-    line = json.dumps(row, ensure_ascii=False) + "\n"
+@contextmanager
+def _scratch(out_dir: Path) -> Iterator[Path]:
+    """A folder for what only lives while the stage works; one that a killed attempt left is emptied."""
+    folder = out_dir / SCRATCH_NAME
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     try:
-        line.encode()
-    except UnicodeEncodeError:  # a rejected row may hold half a surrogate pair, which UTF-8 cannot
-        return json.dumps(row) + "\n"
-    return line
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

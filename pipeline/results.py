@@ -14,14 +14,33 @@ class Measurement(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Histogram(Measurement):
+    """Counts in bins of ``width``, the first from ``start`` on; every bin includes its lower edge only."""
+
+    start: int
+    width: int
+    counts: list[int]
+
+
 class Distribution(Measurement):
-    """Order statistics of a count per record (words or tokens)."""
+    """Order statistics and histogram of a count per record (words or tokens)."""
 
     n: int
     minimum: float
     median: float
     p95: float
     maximum: float
+    histogram: Histogram
+
+
+class Leakage(Measurement):
+    """What training records give away of held-out ones: common 8-grams of words in question and answer."""
+
+    policy: Literal["drop", "keep"] = Field(description="Whether leaking training records were left out.")
+    overlap: float = Field(description="A record leaks that has at least this share of a held-out record's 8-grams.")
+    leaking_records: int
+    held_out_given_away: int = Field(description="Held-out records that a leaking record was found for.")
+    held_out_sharing_an_8_gram: int = Field(description="Held-out records with any 8-gram in the training set used.")
 
 
 class PreparedData(Measurement):
@@ -34,10 +53,15 @@ class PreparedData(Measurement):
     unused_rows: int
     rejected: int
     reject_reasons: dict[str, int]
+    repaired: dict[str, int] = Field(description="Usable records that a kind of repair changed.")
+    cut_rows: int = Field(description="Records whose reasoning was shortened to fit the context.")
+    repeated_questions: int = Field(description="Records with an earlier one's question, dropped or not.")
+    near_duplicates: int = Field(description="Records nearly equal to an earlier one, dropped or not.")
+    leakage: Leakage
     with_reasoning: int
     with_options: int
     words: dict[Literal["question", "reasoning", "answer"], Distribution]
-    tokens: Distribution = Field(description="Whole training examples, prompt and completion.")
+    tokens: dict[Literal["prompt", "thought", "answer", "whole"], Distribution]
     template_sha256: str
 
 

@@ -10,9 +10,13 @@ from tiny_models import save_model
 from pipeline.base_model import load_chat_format
 from pipeline.config import Config, load_config
 from pipeline.errors import MedcotError
-from pipeline.prepare import load_records, prepare, select
+from pipeline.prepare import load_records, prepare
 from pipeline.prompts import ChatFormat
+from pipeline.records import usable_record
 from pipeline.results import PreparedData
+from pipeline.sources import SourceRow
+
+SHARED = Path("../shared/data")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +61,7 @@ def test_every_row_ends_in_exactly_one_place_with_its_reason(base: Path, tmp_pat
         "think tag in the text": json.dumps(row(93, Complex_CoT="a </think> b")),
         "too long": json.dumps(row(94, Response="word " * 2000)),
         "answer_idx is none of the options": json.dumps(row(95, options={"A": "x"}, answer_idx="B")),
-        "options are not a mapping of letters to texts": json.dumps(row(96, options=["x"], answer_idx="A")),
+        "options are not letters with texts": json.dumps(row(96, options=[1], answer_idx="A")),
     }
     result, out = run(base, tmp_path, [*good, *bad.values(), "", "[1, 2]", '{"Question": "\\ud800 half"}'])
     assert result.read == result.train_rows + result.eval_rows + result.unused_rows + result.rejected == 17
@@ -93,37 +97,151 @@ def test_too_few_rows_say_what_was_rejected(base: Path, tmp_path: Path) -> None:
         run(base, tmp_path, [json.dumps(row(1)), "{}", "{}"])
 
 
+@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not beside the project")
+def test_flashcards_are_the_rows_that_datasets_draws(tmp_path: Path) -> None:
+    """The earlier project: filter under 5 characters, Dataset.shuffle(seed=42), the first 3,000 and the next 200."""
+    from datasets import Dataset
+
+    source = SHARED / "medquad_flashcards.jsonl"
+    folder = shared_tokenizer("tinyllama-1.1b-chat")
+    overrides = [f"data.source={source}", f"model.base={folder}", "model.max_seq_length=100000"]
+    result = prepare(load_config("tinyllama-flashcards", overrides), {}, tmp_path)
+    cards = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    long_enough = Dataset.from_list([{"number": i} for i, card in enumerate(cards, 1) if kept_by_the_recipe(card)])
+    drawn = long_enough.shuffle(seed=42)["number"][:3200]
+    numbers = [r["number"] for name in ("train", "eval") for r in load_records(tmp_path / f"{name}.jsonl")]
+    assert numbers == drawn
+    assert (result.train_rows, result.eval_rows, result.with_reasoning) == (3000, 200, 0)
+    assert result.leakage.policy == "keep" and result.leakage.held_out_given_away > 0
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not beside the project")
+def test_flashcards_too_long_for_the_context_are_replaced_and_the_order_stays(tmp_path: Path) -> None:
+    folder = shared_tokenizer("tinyllama-1.1b-chat")
+    source = SHARED / "medquad_flashcards.jsonl"
+    overrides = [
+        f"data.source={source}",
+        f"model.base={folder}",
+        "data.train_rows=200",
+        "data.limit=500",
+        "data.eval_rows=20",
+    ]
+    numbers = {}
+    for limit in (300, 100000):
+        config = load_config("tinyllama-flashcards", [*overrides, f"model.max_seq_length={limit}"])
+        prepare(config, {}, tmp_path / str(limit))
+        numbers[limit] = [r["number"] for r in load_records(tmp_path / str(limit) / "train.jsonl")]
+    both = set(numbers[300]) & set(numbers[100000])
+    assert 150 < len(both) < 200
+    assert [n for n in numbers[300] if n in both] == [n for n in numbers[100000] if n in both]
+
+
+def kept_by_the_recipe(card: dict[str, str]) -> bool:
+    return len(card["input"].strip()) >= 5 and len(card["output"].strip()) >= 5
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not beside the project")
+def test_medical_o1_records_keep_their_order(tmp_path: Path) -> None:
+    folder = shared_tokenizer("deepseek-r1-distill-llama-8b")
+    source = SHARED / "medical_o1_sample.jsonl"
+    overrides = [f"data.source={source}", f"model.base={folder}", "data.train_rows=100", "data.eval_rows=20"]
+    result = prepare(load_config("deepseek-r1-8b", overrides), {}, tmp_path)
+    assert (result.read, result.train_rows, result.eval_rows) == (150, 100, 20)
+    train = [r["number"] for r in load_records(tmp_path / "train.jsonl")]
+    assert train == sorted(train) and train[0] == 1
+    assert result.with_reasoning == 120 and result.tokens["thought"].median > 100
+
+
+def test_duplicates_and_leaks_are_dropped_or_counted(base: Path, tmp_path: Path) -> None:
+    vignette = " ".join(f"word{i}" for i in range(40))
+    rows = [
+        *(row(i, Question=f"Case {i}: " + " ".join(f"finding{i}x{j}" for j in range(12))) for i in range(8)),
+        row(8, Question=vignette, Response="A"),
+        row(9, Question=vignette.replace("word20", "else"), Response="A"),  # nearly the same
+        row(10, Question=vignette.upper() + "?", Response="B"),  # the same but for case and punctuation
+        row(11, Question="Case 7: " + " ".join(f"finding7x{j}" for j in range(7)) + " and other words, quite a few"),
+    ]
+    lines = [json.dumps(value) for value in rows]
+    # Rows 7 and 11 share half their 8-grams; in file order row 11 and row 9 are the held-out ones.
+    overrides = ["data.shuffle=false", "data.leakage_overlap=0.1", "data.near_duplicate_similarity=0.7"]
+    (tmp_path / "drop").mkdir(), (tmp_path / "keep").mkdir()
+    dropped, out = run(base, tmp_path / "drop", lines, *overrides, "data.eval_rows=1")
+    assert dropped.reject_reasons == {
+        "duplicate question": 1,
+        "near duplicate": 1,
+        "gives a held-out record away": 1,
+    }
+    rejects = {r["number"]: r for r in map(json.loads, (out / "rejects.jsonl").read_text().split("\n")[:-1])}
+    assert set(rejects) == {8, 10, 11}
+    assert rejects[11]["detail"].endswith(":9") and rejects[10]["detail"].endswith(":9")
+    assert dropped.leakage.held_out_given_away == 1 and dropped.leakage.leaking_records == 1
+    kept, _ = run(base, tmp_path / "keep", lines, *overrides, "data.duplicates=keep", "data.leakage=keep")
+    assert kept.rejected == 0 and kept.read == kept.train_rows + kept.eval_rows == 12
+    assert (kept.repeated_questions, kept.near_duplicates) == (1, 1)
+    assert kept.leakage.leaking_records >= 1
+
+
+def test_a_leaking_record_s_place_goes_to_the_next_unused_one(base: Path, tmp_path: Path) -> None:
+    questions = [f"Question {i} " + " ".join(f"a{i}b{j}" for j in range(10)) for i in range(8)]
+    questions[1] = questions[4] + " indeed"  # row 5 is held out, row 2 gives it away
+    lines = [json.dumps(row(i, Question=question)) for i, question in enumerate(questions)]
+    overrides = ["data.shuffle=false", "data.train_rows=4", "data.eval_rows=1", "data.duplicates=keep"]
+    result, out = run(base, tmp_path, lines, *overrides)
+    assert [r["number"] for r in load_records(out / "train.jsonl")] == [1, 3, 4, 6]
+    assert (result.unused_rows, result.rejected) == (2, 1)
+
+
+def test_reasoning_is_cut_at_sentences_and_never_the_answer(base: Path, tmp_path: Path) -> None:
+    sentences = [f"Sentence number {i} says a little about it." for i in range(60)]
+    long = row(99, Complex_CoT=" ".join(sentences), Response="The whole answer, which stays.")
+    hopeless = row(98, Complex_CoT="a " * 2000, Response="Short.")
+    lines = [*(json.dumps(row(i)) for i in range(4)), json.dumps(long), json.dumps(hopeless)]
+    overrides = ["data.too_long=cut", "model.max_seq_length=300", "data.shuffle=false", "data.eval_rows=1"]
+    result, out = run(base, tmp_path, lines, *overrides)
+    assert (result.cut_rows, result.reject_reasons) == (1, {"too long": 1})
+    cut = next(r for r in load_records(out / "eval.jsonl") if r["number"] == 5)
+    assert cut["answer"] == "The whole answer, which stays."
+    kept = cut["reasoning"].split("it. ")
+    assert cut["reasoning"] == " ".join(sentences[-len(kept) :]) and 1 < len(kept) < 60
+    assert 250 < result.tokens["whole"].maximum <= 300
+
+
+def test_repairs_are_made_and_counted(base: Path, tmp_path: Path) -> None:
+    dirty = row(7, Question="caf\u0065\u0301\x07 10\u207b\u00b3\u200b?", Response="It\u00e2\u20ac\u2122s \ufb01ne.\r\n")
+    lines = [json.dumps(row(i)) for i in range(4)] + [json.dumps(dirty)]
+    result, out = run(base, tmp_path, lines, "data.shuffle=false")
+    cleaned = next(r for name in ("train", "eval") for r in load_records(out / f"{name}.jsonl") if r["number"] == 5)
+    assert cleaned["question"] == "caf\u00e9 10\u207b\u00b3?"
+    assert cleaned["answer"] == "It\u2019s fine."
+    kinds = {"Unicode normal form", "control characters", "invisible characters", "wrongly decoded text", "ligatures"}
+    assert kinds <= set(result.repaired) and set(result.repaired.values()) == {1}
+
+
 @pytest.mark.parametrize(
-    ("source", "message"),
+    ("options", "answer_idx", "expected"),
     [
-        ("absent.jsonl", "does not exist"),
-        ("a/b/c", "does not exist"),
-        (".", "is a folder"),
-        ("README.md", "reads .jsonl and .json"),
+        ({"A": "x", "B": "y", "C": None}, "B", ({"A": "x", "B": "y"}, "B")),
+        (["x", "y"], 1, ({"A": "x", "B": "y"}, "B")),
+        ('["x", "y"]', "A", ({"A": "x", "B": "y"}, "A")),
+        ('{"A": "x"}', "A", ({"A": "x"}, "A")),
+        ("", None, (None, None)),
+        (None, "A", (None, None)),
     ],
 )
-def test_sources_that_lead_nowhere(base: Path, source: str, message: str) -> None:
-    with pytest.raises(MedcotError, match=message):
-        select(configured(base, Path(source)), load_chat_format(base))
+def test_options_in_the_forms_that_data_sets_have(
+    base: Path, formatted: ChatFormat, options: object, answer_idx: object, expected: object
+) -> None:
+    columns = row(1, options=options, answer_idx=answer_idx)
+    record = usable_record(SourceRow("x", 1, columns), configured(base, Path("x")), formatted)
+    assert (record.options, record.answer_idx) == expected
 
 
-def test_a_json_list_is_read_like_lines(base: Path, tmp_path: Path) -> None:
-    path = tmp_path / "rows.json"
-    path.write_text(json.dumps([row(i) for i in range(4)]))
-    records, rejects = select(configured(base, path), load_chat_format(base))
-    assert (len(records), rejects) == (4, [])
-
-
-def test_flashcard_columns_without_reasoning(tmp_path: Path) -> None:
-    shared = Path("../shared/data/medquad_flashcards.jsonl")
-    if not shared.is_file():
-        pytest.skip("../shared/data is not beside the project")
-    folder = shared_tokenizer("tinyllama-1.1b-chat")
-    overrides = [f"data.source={shared}", f"model.base={folder}", "data.limit=300"]
-    config = load_config("tinyllama-flashcards", overrides)
-    records, rejects = select(config, load_chat_format(folder))
-    assert len(records) + len(rejects) == 300
-    assert len(records) > 200 and all(record.example.reasoning is None for record in records)
+def test_interrupted_scratch_is_cleared_and_leaves_no_trace(base: Path, tmp_path: Path) -> None:
+    scratch = tmp_path / "out" / "scratch"
+    scratch.mkdir(parents=True)
+    (scratch / "candidates.jsonl").write_text("left by a killed attempt")
+    run(base, tmp_path, [json.dumps(row(i)) for i in range(4)])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["eval.jsonl", "rejects.jsonl", "train.jsonl"]
 
 
 JSON_VALUES = st.recursive(
@@ -141,11 +259,13 @@ JSON_VALUES = st.recursive(
         max_size=4,
     )
 )
-def test_any_rows_are_used_or_rejected_and_none_is_lost(base: Path, formatted: ChatFormat, rows: list[object]) -> None:
+def test_any_rows_are_used_or_rejected_and_none_is_lost(base: Path, rows: list[object]) -> None:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
-        path.write_text("".join(json.dumps(value) + "\n" for value in rows))
-        records, rejects = select(configured(base, path), formatted)
-    assert len(records) + len(rejects) == len(rows)
+        filler = [row(i) for i in range(3)]  # so that two are left for the held-out part
+        path.write_text("".join(json.dumps(value) + "\n" for value in [*rows, *filler]))
+        result = prepare(configured(base, path), {}, Path(folder) / "out")
+        rejects = (Path(folder) / "out" / "rejects.jsonl").read_bytes().count(b"\n")
+    assert result.read == len(rows) + 3 == result.train_rows + result.eval_rows + result.unused_rows + rejects

@@ -17,6 +17,8 @@ from pipeline.results import (
     Evaluation,
     ExportedFile,
     ExportedModels,
+    Histogram,
+    Leakage,
     LossPoint,
     ModelEvaluation,
     PreparedData,
@@ -64,7 +66,8 @@ def speed_of(model: str, engine: Any, weights: str, factor: float) -> Speed:
 
 def measurements() -> dict[str, BaseModel]:
     """A made-up run in which everything went well."""
-    spread = Distribution(n=150, minimum=12, median=48, p95=92, maximum=131)
+    bins = Histogram(start=12, width=4, counts=[5 * (30 - abs(i - 9)) for i in range(30)])
+    spread = Distribution(n=150, minimum=12, median=48, p95=92, maximum=131, histogram=bins)
     return {
         "prepare": PreparedData(
             source="sample (medical_cot.jsonl)",
@@ -74,10 +77,21 @@ def measurements() -> dict[str, BaseModel]:
             unused_rows=0,
             rejected=4,
             reject_reasons={"duplicate question": 3, "too long": 1},
+            repaired={"ligatures": 2},
+            cut_rows=1,
+            repeated_questions=3,
+            near_duplicates=0,
+            leakage=Leakage(
+                policy="drop",
+                overlap=0.5,
+                leaking_records=2,
+                held_out_given_away=1,
+                held_out_sharing_an_8_gram=4,
+            ),
             with_reasoning=150,
             with_options=52,
             words={"question": spread, "reasoning": spread, "answer": spread},
-            tokens=spread,
+            tokens={"prompt": spread, "thought": spread, "answer": spread, "whole": spread},
             template_sha256="ab" * 32,
         ),
         "train": TrainedAdapter(
@@ -247,7 +261,9 @@ def test_html_is_whole_self_contained_and_escaped(tmp_path: Path) -> None:
 def test_the_loss_curve_has_a_text_alternative_and_no_fixed_colour(tmp_path: Path) -> None:
     html, markdown = write_report(tmp_path, measurements())
     svg = html[html.index("<svg") : html.index("</svg>")]
-    assert 'role="img"' in svg and '<title id="chart-title">' in svg
+    assert 'role="img"' in svg and '<title id="loss-chart-title">' in svg
+    names = re.findall(r'\bid="([^"]+)"', html)
+    assert len(names) == len(set(names)) and 'id="lengths-chart-title"' in html
     alternative = (
         "Training loss 2.800 at step 5 and 2.067 at step 60; held-out loss 2.910 before training and 2.120 after."
     )
