@@ -6,6 +6,7 @@ For example ``medcot run deepseek-r1-8b --set training.max_steps=10``.
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +18,15 @@ from pipeline.errors import MedcotError
 
 PRESETS_DIR = Path(__file__).resolve().parent.parent / "configs"
 DEFAULT_PRESET = "smollm2-cpu"
+MAX_DEPTH = 4  # levels of settings, with one to spare: data.columns.question has three
+# PyYAML's constructors fail each in their own way on what they cannot build: '!!int', '!!timestamp x', '{[]: 1}'.
+YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 class Section(BaseModel):
     """A group of settings; a key it does not know is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -147,8 +151,10 @@ class BenchConfig(Section):
 class Config(Section):
     """Everything a run depends on; written to ``runs/<name>/config.yaml`` in full."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Names the run's folder and GGUFs.")
-    seed: int = Field(42, ge=0)
+    name: str = Field(
+        "run", max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Names the run's folder and GGUFs."
+    )
+    seed: int = Field(42, ge=0, lt=2**32)
     model: ModelConfig = Field(default_factory=lambda: ModelConfig.model_validate({}))
     data: DataConfig = Field(default_factory=lambda: DataConfig.model_validate({}))
     prompt: PromptConfig = Field(default_factory=lambda: PromptConfig.model_validate({}))
@@ -185,20 +191,22 @@ def load_config(name_or_path: str | None = None, overrides: Sequence[str] = ()) 
     except ValidationError as error:
         problems += [_explain(detail, origins, path) for detail in error.errors()]
     if problems:
-        raise MedcotError("; ".join(problems))
+        raise MedcotError("; ".join(" ".join(problem.split()) for problem in problems))
     return config
 
 
 def _config_path(name_or_path: str) -> Path:
-    preset = PRESETS_DIR / f"{name_or_path}.yaml"
-    if preset.is_file() and "/" not in name_or_path:
-        return preset
+    if name_or_path in preset_names():
+        return PRESETS_DIR / f"{name_or_path}.yaml"
     path = Path(name_or_path)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        raise MedcotError(f"{path} is a folder, not a configuration file: name the YAML file inside it.")
-    raise MedcotError(f"No preset and no file is called '{name_or_path}': presets are {', '.join(preset_names())}.")
+    try:
+        if path.is_file():
+            return path
+        if path.is_dir():
+            raise MedcotError(f"{name_or_path!r} is a folder, not a configuration file: name the YAML file inside it.")
+    except OSError as error:
+        raise MedcotError(f"{name_or_path!r:.80} cannot be looked up: {error.strerror}.") from error
+    raise MedcotError(f"No preset and no file is called {name_or_path!r}: presets are {', '.join(preset_names())}.")
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int], list[str]]:
@@ -207,13 +215,13 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int], list[str]]:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise MedcotError(f"{where} is not valid YAML: {reason}.") from error
     except OSError as error:
         raise MedcotError(f"{path} cannot be read: {error.strerror}.") from error
+    except YAML_ERRORS as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        reason = " ".join((getattr(error, "problem", None) or str(error) or type(error).__name__).split())
+        raise MedcotError(f"{where} is not valid YAML: {reason}.") from error
     if values is None:
         return {}, {}, []
     if not isinstance(values, dict):
@@ -227,13 +235,14 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int], list[str]]:
     return values, lines, problems
 
 
-def _keys_with_lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
-    if not isinstance(node, yaml.MappingNode):
+def _keys_with_lines(node: yaml.Node | None, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, int]]:
+    # An alias can make a mapping contain itself; no setting lies deeper than this.
+    if not isinstance(node, yaml.MappingNode) or depth > MAX_DEPTH:
         return
     for key_node, value_node in node.value:
         key = f"{prefix}{key_node.value}"
         yield key, key_node.start_mark.line + 1
-        yield from _keys_with_lines(value_node, f"{key}.")
+        yield from _keys_with_lines(value_node, f"{key}.", depth + 1)
 
 
 def _apply_override(values: dict[str, Any], origins: dict[str, str], override: str) -> str | None:
@@ -242,7 +251,7 @@ def _apply_override(values: dict[str, Any], origins: dict[str, str], override: s
         return f"--set {override}: write it as key=value, for example training.max_steps=10"
     try:
         value = yaml.safe_load(text) if text else None
-    except yaml.YAMLError:
+    except YAML_ERRORS:
         return f"--set {override}: the value is not valid YAML"
     *sections, last = key.split(".")
     target = values
@@ -271,7 +280,9 @@ def _explain(detail: Any, origins: dict[str, str], path: Path) -> str:
         hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
         return f"{where}: unknown key {key} ({hint})"
     message = detail["msg"].removeprefix("Value error, ")
-    return f"{where}: {key or 'configuration'}: {message[0].lower()}{message[1:]} (found {detail['input']!r:.80})"
+    # reprlib stops inside nested values; aliases can make their whole text astronomically long.
+    shown = f"{reprlib.repr(detail['input']):.80}"
+    return f"{where}: {key or 'configuration'}: {message[0].lower()}{message[1:]} (found {shown})"
 
 
 def _section_at(location: Sequence[str]) -> type[BaseModel]:
