@@ -47,13 +47,13 @@ def loss_curve(trained: TrainedAdapter) -> str:
         return _svg(figure, "loss", "Loss by optimizer step", describe_loss(trained))
 
 
-def describe_lengths(lengths: Mapping[str, Distribution]) -> str:
+def describe_lengths(lengths: Mapping[Any, Distribution]) -> str:
     """The histograms in words."""
     parts = [f"{name} {d.median:,.0f} (95 % up to {d.p95:,.0f})" for name, d in lengths.items()]
     return f"Tokens per record, median: {', '.join(parts)}."
 
 
-def length_histograms(lengths: Mapping[str, Distribution]) -> str:
+def length_histograms(lengths: Mapping[Any, Distribution]) -> str:
     """How long the parts of the records are, a panel for each part, as an ``<svg>`` element."""
     with _figure(len(lengths), (2.6 * len(lengths), 2.4)) as (figure, panels):
         for axes, (name, spread) in zip(panels, lengths.items(), strict=True):

@@ -79,6 +79,20 @@ def local_base(base: str, revision: str | None = None, *, weights: bool = True) 
     return _from_hub(base, revision, weights)
 
 
+def base_is_here(base: str, revision: str | None = None) -> bool:
+    """Whether the base's weights need no download: a package, a folder, or a hub id with all shards in the cache."""
+    if base.startswith(PACKAGE_PREFIX) or Path(base).is_dir():
+        return True
+    from huggingface_hub import try_to_load_from_cache
+
+    index = try_to_load_from_cache(base, "model.safetensors.index.json", revision=revision)
+    if isinstance(index, str):
+        shards = set(json.loads(Path(index).read_text())["weight_map"].values())
+    else:
+        shards = {"model.safetensors"}
+    return all(isinstance(try_to_load_from_cache(base, shard, revision=revision), str) for shard in shards)
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The fast tokenizer in ``folder``; raises MedcotError when there is none or it has no chat template."""
     from transformers import AutoTokenizer

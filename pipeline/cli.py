@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -48,6 +48,7 @@ def cli(debug: bool) -> None:
 @click.option("--only", type=STAGE, help="Run this stage alone; what it needs must be there.")
 @click.option("--until", type=STAGE, help="Stop after this stage.")
 @click.option("--force", type=STAGE, multiple=True, help="Make this stage again even if it is up to date.")
+@click.option("--no-plan", is_flag=True, help="Begin without the plan, also where it says that the run cannot fit.")
 @json_option
 def run(
     config: str | None,
@@ -56,9 +57,10 @@ def run(
     only: str | None,
     until: str | None,
     force: tuple[str, ...],
+    no_plan: bool,
     as_json: bool,
 ) -> None:
-    """Run the pipeline: prepare, train, export, verify, evaluate, bench, report.
+    """Run the pipeline: plan, prepare, train, export, verify, evaluate, bench, report.
 
     CONFIG is a preset's name or a YAML file. Stages that are up to date are skipped.
 
@@ -76,6 +78,7 @@ def run(
         only=only,
         until=until,
         force=force,
+        plan_first=not no_plan,
         announce=lambda text: click.echo(text, err=True),
     )
     if as_json:
@@ -87,47 +90,99 @@ def run(
 @cli.command()
 @click.argument("config", required=False)
 @set_option
+@click.option("--machine", help="Plan for another machine: kaggle-t4, kaggle-t4x2, kaggle-p100, colab-t4.")
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Folder of the run [default: runs/<name>].")
 @json_option
-def plan(config: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
+def plan(
+    config: str | None, overrides: tuple[str, ...], machine: str | None, run_dir: Path | None, as_json: bool
+) -> None:
     """Show what a run would take, and one training example with its loss mask. Exit 1 when it cannot fit.
 
-    Example: medcot plan deepseek-r1-8b
+    Example: medcot plan deepseek-r1-8b --machine kaggle-t4
     """
     from pipeline.config import load_config
-    from pipeline.plan import make_plan, print_plan
+    from pipeline.machines import machine_named
+    from pipeline.plan import make_plan, raise_if_impossible
+    from pipeline.plan_display import print_plan
 
-    made = make_plan(load_config(config, overrides))
+    resolved = load_config(config, overrides)
+    elsewhere = None if machine is None else machine_named(machine)
+    made = make_plan(resolved, run_dir or Path("runs") / resolved.name, elsewhere)
     if as_json:
         _print_json(made.model_dump(mode="json"))
     else:
         print_plan(made)
-    if made.problems:
-        raise MedcotError("; ".join(made.problems))
+    raise_if_impossible(made)
 
 
 @cli.command("export")
 @click.option("--base", required=True, help="Hub id, folder, or package:<module>/<file>.gguf.")
-@click.option("--adapter", type=click.Path(path_type=Path), help="Folder of a LoRA adapter (peft).")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="DIR[=WEIGHT]",
+    help="Folder of a LoRA adapter (peft), and how much of it; may be repeated: the changes add up.",
+)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the GGUFs.")
-@click.option("--quant", "quantizations", multiple=True, default=("Q4_K_M",), show_default=True)
+@click.option(
+    "--quant", "quantizations", multiple=True, metavar="TYPE", default=("Q4_K_M",), show_default=True,
+    help="A file of this type; may be repeated.",
+)  # fmt: skip
+@click.option("--base-quant", metavar="TYPE", help="Also write the base without adapters, to compare with.")
+@click.option(
+    "--adapter-gguf",
+    type=click.Choice(["F32", "F16"]),
+    is_flag=False,
+    flag_value="F32",
+    help="Also write the adapters alone as one small GGUF, for llama.cpp's --lora [alone: F32].",
+)
 @click.option("--name", default="model", show_default=True, help="Names the files: <name>-<quant>.gguf.")
 @json_option
 def export_command(
-    base: str, adapter: Path | None, out: Path, quantizations: tuple[str, ...], name: str, as_json: bool
+    base: str,
+    adapters: tuple[str, ...],
+    out: Path,
+    quantizations: tuple[str, ...],
+    base_quant: str | None,
+    adapter_gguf: Literal["F32", "F16"] | None,
+    name: str,
+    as_json: bool,
 ) -> None:
-    """Merge a LoRA adapter into its base and write quantized GGUFs, in one pass.
+    """Merge LoRA adapters into their base and write quantized GGUFs, in one pass.
 
+    \b
     Example: medcot export --base ./base --adapter ./adapter --out ./gguf --quant Q4_K_M --quant F16
+             medcot export --base ./base --adapter ./a=0.7 --adapter ./b=0.3 --out ./gguf --adapter-gguf
     """
-    from export.export import export_models
-    from pipeline.base_model import local_base
+    from export.export import export_models, open_model
+    from export.merged_weights import parse_adapter
 
-    result = export_models(local_base(base), adapter, out, name, quantizations, None)
+    several = [parse_adapter(adapter) for adapter in adapters]
+    if adapter_gguf and not several:
+        raise click.UsageError("--adapter-gguf needs an --adapter.")
+    folder, base_weights = open_model(base)
+    with base_weights as weights:
+        result = export_models(
+            folder,
+            several,
+            out,
+            name,
+            quantizations,
+            base_quant,
+            adapter_gguf=adapter_gguf,
+            given_as=base,
+            weights=weights,
+        )
+    for warning in result.warnings:
+        click.echo(f"Warning: {warning}", err=True)
     if as_json:
         _print_json(result.model_dump(mode="json"))
         return
     for file in result.files:
         click.echo(f"{out / file.name}  {file.size_bytes / 1e6:.1f} MB  {file.bits_per_weight:.2f} bits/weight")
+    if result.adapter_gguf:
+        click.echo(f"{out / result.adapter_gguf}  {(out / result.adapter_gguf).stat().st_size / 1e6:.1f} MB")
 
 
 @cli.command()

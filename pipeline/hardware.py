@@ -24,13 +24,19 @@ class Choice:
 
 @dataclass(frozen=True)
 class Hardware:
-    """Sizes in bytes; ``gpu_names`` is empty on a machine without a usable GPU."""
+    """Sizes in bytes; ``gpu_names`` is empty on a machine without a usable GPU.
+
+    ``free_disk_bytes`` is what is free for the run, ``cache_disk_bytes`` what is free for downloads; ``one_disk``
+    says that both are the same space.
+    """
 
     cpu: str
     cores: int
     memory_bytes: int
     available_memory_bytes: int
     free_disk_bytes: int
+    cache_disk_bytes: int
+    one_disk: bool
     gpu_names: tuple[str, ...]
     gpu_memory_bytes: int
     gpu_capability: tuple[int, int] | None
@@ -41,11 +47,12 @@ class Hardware:
         return "cuda" if self.gpu_names else "cpu"
 
 
-def detect(folder: Path) -> Hardware:
-    """Look at this machine; ``folder`` is where the run will write (its nearest existing parent is measured)."""
-    existing = folder.resolve()
-    while not existing.exists():
-        existing = existing.parent
+def detect(folder: Path, cache: Path | None = None) -> Hardware:
+    """Look at this machine; ``folder`` is where the run will write, ``cache`` where downloads go (default: home).
+
+    Of folders that do not exist yet the nearest existing parent is measured.
+    """
+    run_disk, cache_disk = _existing(folder), _existing(cache or Path.home())
     memory = psutil.virtual_memory()
     names: tuple[str, ...] = ()
     gpu_memory = 0
@@ -63,12 +70,21 @@ def detect(folder: Path) -> Hardware:
         cores=usable_cores(),
         memory_bytes=memory.total,
         available_memory_bytes=memory.available,
-        free_disk_bytes=shutil.disk_usage(existing).free,
+        free_disk_bytes=shutil.disk_usage(run_disk).free,
+        cache_disk_bytes=shutil.disk_usage(cache_disk).free,
+        one_disk=run_disk.stat().st_dev == cache_disk.stat().st_dev,
         gpu_names=names,
         gpu_memory_bytes=gpu_memory,
         gpu_capability=capability,
         platform=_platform(),
     )
+
+
+def _existing(folder: Path) -> Path:
+    folder = folder.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    return folder
 
 
 def usable_cores() -> int:

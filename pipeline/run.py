@@ -45,6 +45,7 @@ from pipeline.sources import source_identity
 CONFIG_NAME = "config.yaml"
 LOCK_NAME = ".lock"
 _BASE = ("model.base", "model.revision")
+_NOTHING_TO_PLAN = frozenset({"prepare", "report"})  # seconds, and no more than the plan itself would take
 
 
 @dataclass(frozen=True)
@@ -192,19 +193,31 @@ def run(
     only: str | None = None,
     until: str | None = None,
     force: Sequence[str] = (),
+    plan_first: bool = True,
     announce: Callable[[str], None] = lambda text: None,
 ) -> RunOutcome:
     """Bring the run in ``run_dir`` up to date and say what was done.
 
-    Raises MedcotError when a stage fails, GateFailed when a gate does; finished artifacts stay.
+    Before the first stage that has work to do comes the plan: a run that cannot fit is not begun.
+    Raises MedcotError when a stage fails or cannot fit, GateFailed when a gate does; finished artifacts stay.
     """
     chosen = _chosen(only, until)
     with _locked(run_dir):
         write_text(run_dir / CONFIG_NAME, config.to_yaml())
-        outcomes = []
-        for stage in chosen:
-            outcome = _bring_up_to_date(stage, config, run_dir, stage.name in force, announce)
-            outcomes.append(outcome)
+        outcomes: list[StageOutcome] = []
+        planned = not plan_first
+        for index, stage in enumerate(chosen):
+            state = _examine(stage, config, run_dir, stage.name in force)
+            if state.finished is not None:
+                announce(f"{stage.name}: up to date")
+                outcomes.append(StageOutcome(stage, "up to date", state.finished, run_dir / stage.folder))
+                continue
+            ahead = [each.name for each in chosen[index:]]
+            if not planned and not _NOTHING_TO_PLAN.issuperset(ahead):
+                announce("plan: looking at the data, the model and this machine")
+                _child("plan", ["pipeline.plan_process", str(run_dir), *ahead], {})
+                planned = True
+            outcomes.append(_make(stage, state, run_dir, stage.name in force, announce))
     return RunOutcome(run_dir, outcomes)
 
 
@@ -240,20 +253,34 @@ def _chosen(only: str | None, until: str | None) -> list[Stage]:
     return list(STAGES)
 
 
-def _bring_up_to_date(
-    stage: Stage, config: Config, run_dir: Path, force: bool, announce: Callable[[str], None]
-) -> StageOutcome:
+@dataclass(frozen=True)
+class _State:
+    """What a stage's folder holds: the finished artifact if it is up to date, else why it is made again."""
+
+    expected: str
+    finished: Manifest | None
+    why: str | None
+
+
+def _examine(stage: Stage, config: Config, run_dir: Path, force: bool) -> _State:
     folder = run_dir / stage.folder
     expected = identify(stage, config, run_dir).fingerprint
     manifest = read_manifest(folder)
-    if manifest is not None and not force:
-        damaged = changed_files(folder, manifest)
-        if manifest.fingerprint == expected and not damaged:
-            announce(f"{stage.name}: up to date")
-            return StageOutcome(stage, "up to date", manifest, folder)
-        why = f"{damaged[0]} is missing or changed" if damaged else "its settings, inputs or versions changed"
-        announce(f"{stage.name}: {why}, made again")
-    status = _start_folder(stage, folder, expected, force)
+    if manifest is None or force:
+        return _State(expected, None, None)
+    damaged = changed_files(folder, manifest)
+    if damaged:
+        return _State(expected, None, f"{damaged[0]} is missing or changed")
+    if manifest.fingerprint != expected:
+        return _State(expected, None, "its settings, inputs or versions changed")
+    return _State(expected, manifest, None)
+
+
+def _make(stage: Stage, state: _State, run_dir: Path, force: bool, announce: Callable[[str], None]) -> StageOutcome:
+    folder = run_dir / stage.folder
+    if state.why:
+        announce(f"{stage.name}: {state.why}, made again")
+    status = _start_folder(stage, folder, state.expected, force)
     announce(f"{stage.name}: {'goes on where it was interrupted' if status == 'gone on with' else 'started'}")
     _run_in_process(stage, run_dir)
     made = read_manifest(folder)
@@ -296,14 +323,17 @@ def _start_folder(stage: Stage, folder: Path, expected: str, force: bool) -> Sta
 
 
 def _run_in_process(stage: Stage, run_dir: Path) -> None:
-    command = [sys.executable, "-m", "pipeline.stage_process", stage.name, str(run_dir)]
+    _child(stage.name, ["pipeline.stage_process", stage.name, str(run_dir)], stage.environment)
+
+
+def _child(name: str, module_and_arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Run one of our modules in a process of its own; what it has told the user is not told again."""
     root = str(Path(__file__).resolve().parent.parent)
-    environment = {
-        **stage.environment,
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
-    }
-    process = subprocess.Popen(command, env=environment)
+    search_path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        [sys.executable, "-m", *module_and_arguments],
+        env={**environment, **os.environ, "PYTHONPATH": search_path},
+    )
     try:
         status = process.wait()
     except KeyboardInterrupt:
@@ -315,11 +345,11 @@ def _run_in_process(stage: Stage, run_dir: Path) -> None:
             process.wait()
         raise
     if status < 0:
-        name = signal.Signals(-status).name
+        signal_name = signal.Signals(-status).name
         reason = " (often: out of memory)" if -status == signal.SIGKILL else ""
-        raise MedcotError(f"{stage.name} was ended by {name}{reason}: the same command goes on from where it was.")
+        raise MedcotError(f"{name} was ended by {signal_name}{reason}: the same command goes on from where it was.")
     if status != 0:
-        raise StageFailed(stage.name, status)
+        raise StageFailed(name, status)
 
 
 class StageFailed(MedcotError):

@@ -32,7 +32,7 @@ def test_presets_load_and_hold_only_what_differs_from_the_defaults(name: str) ->
 def test_reference_run_is_the_published_recipe() -> None:
     config = load_config("deepseek-r1-8b")
     assert (config.lora.r, len(config.lora.target_modules)) == (16, 7)
-    assert (config.training.max_steps, config.training.logging_steps, config.data.limit) == (60, 10, 500)
+    assert (config.training.max_steps, config.training.logging_steps, config.data.train_rows) == (60, 10, 500)
 
 
 def test_flashcards_are_the_published_recipe() -> None:

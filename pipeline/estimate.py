@@ -1,0 +1,301 @@
+"""What each stage of a run will take: seconds, memory, GPU memory, disk. Estimates, with their constants' sources.
+
+Times follow from the work (floating-point operations, bytes, tokens) and the machine's measured or published speed;
+``tests/perf/plan_accuracy.py`` compares them with runs, and ``tests/test_estimate.py`` with recorded and published
+figures. Memory is what a process holds at its peak, mapped files included.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.config import Config
+from pipeline.hardware import GIBIBYTE, MEBIBYTE, Hardware
+from pipeline.model_size import ModelSize
+
+# Dense tensor-core TFLOP/s in 16 bit, from NVIDIA's data sheets (the P100 has no tensor cores).
+_GPU_TERAFLOPS = {
+    "T4": 65, "P100": 18.7, "V100": 112, "A10G": 70, "A10": 125, "L4": 121, "L40": 181, "A100": 312, "H100": 989,
+    "H200": 989, "RTX 3060": 51, "RTX 3090": 71, "RTX 4060": 60, "RTX 4090": 165, "RTX 5090": 210,
+}  # fmt: skip
+# Share of those that LoRA training reaches. Held against the TinyLlama project's published 17.6 minutes on a T4.
+_GPU_SHARE = 0.10
+# Of this CPU's float32 matrix product (measured when planning), what training, a forward pass in float32, and
+# llama.cpp's prompt processing and parallel decoding reach. Fitted to the default run (LOG.md, 2026-11-22).
+_CPU_TRAINING, _CPU_FORWARD, _CPU_PROMPT, _CPU_DECODE = 0.55, 0.75, 0.45, 0.10
+# llama.cpp reads all weights for each token of a single conversation, at about this rate, and needs as long again for
+# each layer's start and end.
+_MEMORY_BYTES_PER_SECOND, _SECONDS_PER_LAYER = 12e9, 0.27e-3
+# Weights a second and core that ggml's quantizers do in 32-bit floats (shared FACTS, LOG.md).
+_QUANTIZED_PER_SECOND_AND_CORE = {"K": 9e6, "legacy": 40e6, "copy": 150e6}
+# Starting Python and importing: PyTorch and transformers; with Unsloth and TRL on top.
+_IMPORT_SECONDS, _IMPORT_TRAINING_SECONDS = 8.0, 20.0
+_IMPORT_BYTES, _IMPORT_TRAINING_BYTES = 0.62 * GIBIBYTE, 1.15 * GIBIBYTE
+# CUDA's context, cuBLAS' workspace and the allocator's reserve: what is left of Unsloth's published memory table
+# (docs.unsloth.ai/basics/unsloth-benchmarks) after weights, adapter and activations.
+_CUDA_BYTES = 0.8 * GIBIBYTE
+# In RAM beside a GPU: CUDA's libraries, and a shard of the base while it is loaded.
+_CUDA_HOST_BYTES = 5 * GIBIBYTE
+# Activations of the one layer that is recomputed at a time, per token and per unit of (hidden + feed-forward) width:
+# the slope of the same table, at 8B and at 70B.
+_LAYER_BYTES = 11.5
+_DOWNLOAD_BYTES_PER_SECOND = 50e6
+
+_16_BIT_TYPES = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the data ask for. Tokens are per example, prompt and completion."""
+
+    rows: int
+    train_rows: int
+    eval_rows: int
+    mean_tokens: float
+    mean_completion_tokens: float
+    longest_tokens: int
+
+
+class StageEstimate(BaseModel):
+    """``seconds`` is None where the GPU's speed is not known; ``disk_bytes`` stays, ``cache_bytes`` is downloaded.
+
+    ``mapped_bytes`` of the memory are a mapped file, which the system takes back when it needs the room.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    stage: str
+    seconds: float | None
+    memory_bytes: int
+    mapped_bytes: int = 0
+    gpu_memory_bytes: int = 0
+    disk_bytes: int = 0
+    cache_bytes: int = 0
+
+
+def measure_cpu_gflops(seconds: float = 0.4) -> float:
+    """GFLOP/s of NumPy's float32 matrix product on all cores: how fast this CPU is today."""
+    import numpy as np
+
+    a = np.ones((1024, 1024), dtype=np.float32)
+    a @ a  # starts the threads
+    started, products = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - started) < seconds:
+        a @ a
+        products += 1
+    return products * 2 * 1024**3 / elapsed / 1e9
+
+
+def gpu_teraflops(hardware: Hardware) -> float | None:
+    """Published 16-bit TFLOP/s of the (first) GPU; None for one that is not in the table."""
+    name = hardware.gpu_names[0] if hardware.gpu_names else ""
+    known = [model for model in _GPU_TERAFLOPS if model in name]
+    return _GPU_TERAFLOPS[max(known, key=len)] if known else None
+
+
+def steps_of(config: Config, train_rows: int) -> int:
+    """Optimizer steps of the training: max_steps, or as many as the epochs make."""
+    training = config.training
+    batches = math.ceil(train_rows / training.batch_size)
+    return training.max_steps or math.ceil(training.epochs * math.ceil(batches / training.gradient_accumulation))
+
+
+class Estimator:
+    """Estimates for one configuration on one machine. ``cpu_gflops`` is what ``measure_cpu_gflops`` gives there."""
+
+    def __init__(
+        self,
+        config: Config,
+        size: ModelSize,
+        work: Workload,
+        hardware: Hardware,
+        cpu_gflops: float,
+        dtype: str,
+        *,
+        base_is_here: bool,
+    ) -> None:
+        self.config = config
+        self.size = size
+        self.work = work
+        self.hardware = hardware
+        self.cpu_flops = cpu_gflops * 1e9
+        self.bytes_per_weight = 4 if dtype == "float32" else 2
+        self.base_is_here = base_is_here
+
+    def stages(self) -> list[StageEstimate]:
+        return [
+            self.prepare(),
+            self.train(),
+            self.export(),
+            self.verify(),
+            self.evaluate(),
+            self.bench(),
+            self.report(),
+        ]
+
+    def prepare(self) -> StageEstimate:
+        per_row = 1.5e-3 + self.work.mean_tokens * 4e-6
+        text = int(self.work.rows * self.work.mean_tokens * 5)  # bytes: about four letters a token, and JSON
+        return StageEstimate(
+            stage="prepare",
+            seconds=_IMPORT_SECONDS + self.work.rows * per_row,
+            memory_bytes=int(0.85 * GIBIBYTE + 60 * self.work.rows),
+            disk_bytes=text,
+        )
+
+    def train(self) -> StageEstimate:
+        training, on_gpu = self.config.training, self.hardware.device == "cuda"
+        tokens = steps_of(self.config, self.work.train_rows) * self._step_tokens()
+        held_out = 2 * self.work.eval_rows * self.work.mean_tokens
+        # Forward 2, gradients of the activations 2, recomputation 2 more; LoRA needs no gradients of the weights.
+        passes = 6 if training.gradient_checkpointing else 4
+        operations = self.size.parameters * (passes * tokens + 2 * held_out)
+        if on_gpu:
+            teraflops = gpu_teraflops(self.hardware)
+            speed = None if teraflops is None else teraflops * 1e12 * _GPU_SHARE
+        else:
+            speed = self.cpu_flops * _CPU_TRAINING
+        download = self._base_bytes()
+        loading = _IMPORT_TRAINING_SECONDS + self._base_bytes() / 1e9
+        return StageEstimate(
+            stage="train",
+            seconds=None if speed is None else loading + download / _DOWNLOAD_BYTES_PER_SECOND + operations / speed,
+            memory_bytes=int(_CUDA_HOST_BYTES if on_gpu else self.training_bytes(training.batch_size)),
+            gpu_memory_bytes=int(self.training_bytes(training.batch_size)) if on_gpu else 0,
+            disk_bytes=int(self.size.trained(self.config.lora) * 4 * 5),  # adapter, two checkpoints with moments
+            cache_bytes=int(download),
+        )
+
+    def training_bytes(self, batch_size: int) -> float:
+        """Where training computes, on the GPU or in RAM: weights, adapter and optimizer, activations, the rest."""
+        weights = self.size.weight_bytes(self.config.model.load_in_4bit, self.bytes_per_weight)
+        activations = self.activation_bytes(batch_size, self.config.training.gradient_checkpointing)
+        held = weights + self._trainable_bytes() + activations
+        if self.hardware.device == "cuda":
+            return held + _CUDA_BYTES
+        # Unsloth's GPU kernels compute the loss in pieces; on the CPU all logits are there, in three copies.
+        rows = max(batch_size, self.config.training.eval_batch_size)
+        logits = 3 * 4 * self.size.vocabulary * rows * self.work.longest_tokens
+        return held + logits + _IMPORT_TRAINING_BYTES
+
+    def activation_bytes(self, batch_size: int, checkpointing: bool) -> float:
+        """What the forward pass keeps for the backward pass: one layer with recomputation, else all."""
+        tokens = batch_size * self.work.longest_tokens
+        layers = 1 if checkpointing else self.size.layers
+        return _LAYER_BYTES * (self.size.hidden + self.size.feed_forward) * tokens * layers
+
+    def export(self) -> StageEstimate:
+        export = self.config.export
+        files = [*export.quantizations, *([export.ship] if export.include_base else [])]
+        seconds = sum(self._quantizing_seconds(name) for name in files)
+        return StageEstimate(
+            stage="export",
+            seconds=3 + self.size.parameters * 2 / 1e9 + seconds,
+            memory_bytes=int(0.3 * GIBIBYTE + self.size.trained(self.config.lora) * 4 + 1.2 * self._mapped_block()),
+            disk_bytes=int(sum(self.file_bytes(name) for name in files)),
+        )
+
+    def verify(self) -> StageEstimate:
+        tokens = self.config.verify.prompts * self.work.mean_tokens
+        forward = 2 * self.size.parameters * tokens / (self.cpu_flops * _CPU_FORWARD)
+        prompts = len(self.config.export.quantizations) * 2 * self.size.parameters * tokens
+        mapped = self.size.parameters * 2
+        # The weights of one layer in 32 bit at a time, the largest being the output; logits of 512 positions.
+        widened = 4 * self.size.vocabulary * (self.size.hidden + 512)
+        return StageEstimate(
+            stage="verify",
+            seconds=12 + self.size.parameters * 4 / 1e9 * 2 + forward + prompts / (self.cpu_flops * _CPU_PROMPT),
+            memory_bytes=int(_IMPORT_BYTES + mapped + widened),
+            mapped_bytes=mapped,
+        )
+
+    def evaluate(self) -> StageEstimate:
+        evaluation = self.config.evaluation
+        rows = min(evaluation.rows, self.work.eval_rows)
+        models = 2 if self.config.export.include_base else 1
+        # A model that has learned to end its turn writes about as much as the references, its base up to the limit.
+        written = rows * (min(1.3 * self.work.mean_completion_tokens, evaluation.max_new_tokens))
+        written += (models - 1) * rows * 0.8 * evaluation.max_new_tokens
+        read = models * rows * 2 * self.work.mean_tokens
+        decoding = max(self.cpu_flops * _CPU_DECODE / (2 * self.size.parameters), 1 / self._token_seconds())
+        reading = 2 * self.size.parameters * read / (self.cpu_flops * _CPU_PROMPT)
+        return StageEstimate(
+            stage="evaluate",
+            seconds=6 + written / decoding + reading,
+            memory_bytes=int(models * (self.file_bytes(self.config.export.ship) + 0.15 * GIBIBYTE)),
+        )
+
+    def bench(self) -> StageEstimate:
+        bench = self.config.bench
+        files = [
+            *self.config.export.quantizations,
+            *([self.config.export.ship] if self.config.export.include_base else []),
+        ]
+        repeats = bench.repeats + 1
+        prompt = 2 * self.size.parameters * bench.prompt_tokens
+        seconds = 5.0
+        for name in files:
+            token = self.file_bytes(name) / _MEMORY_BYTES_PER_SECOND + self.size.layers * _SECONDS_PER_LAYER
+            seconds += 2 + repeats * (1.5 * prompt / (self.cpu_flops * _CPU_PROMPT) + bench.generated_tokens * token)
+        memory = max(self.file_bytes(name) for name in files) + 0.15 * GIBIBYTE
+        if bench.transformers:
+            token = 4 * self.size.parameters / _MEMORY_BYTES_PER_SECOND + self.size.layers * 5 * _SECONDS_PER_LAYER
+            seconds += _IMPORT_SECONDS + repeats * (1.5 * prompt / (self.cpu_flops * _CPU_FORWARD))
+            seconds += repeats * bench.generated_tokens * token
+            memory = max(memory, _IMPORT_BYTES + 4 * self.size.parameters)
+        return StageEstimate(stage="bench", seconds=seconds, memory_bytes=int(memory))
+
+    def report(self) -> StageEstimate:
+        return StageEstimate(stage="report", seconds=3, memory_bytes=int(0.15 * GIBIBYTE), disk_bytes=MEBIBYTE)
+
+    def file_bytes(self, quantization: str) -> float:
+        """About how large the GGUF gets."""
+        return self.size.parameters * _bits_per_weight(quantization, self.size) / 8
+
+    def _step_tokens(self) -> float:
+        """Tokens of an optimizer step; a batch is padded to its longest example."""
+        training = self.config.training
+        spread = self.work.longest_tokens - self.work.mean_tokens
+        # The expected longest of n examples moves from the mean towards the longest as n grows.
+        padded = self.work.mean_tokens + spread * (1 - 1 / training.batch_size) * 0.6
+        return padded * training.batch_size * training.gradient_accumulation
+
+    def _trainable_bytes(self) -> float:
+        """Adapter weights and gradients in 32 bit, and Adam's two moments: a byte each if the optimizer is 8-bit."""
+        moments = 2 if "8bit" in self.config.training.optimizer and self.hardware.device == "cuda" else 8
+        return self.size.trained(self.config.lora) * (4 + 4 + moments)
+
+    def _base_bytes(self) -> float:
+        """What has to be downloaded: the 16-bit base, unless it is here already."""
+        return 0.0 if self.base_is_here else self.size.parameters * 2.0
+
+    def _quantizing_seconds(self, quantization: str) -> float:
+        kind = "copy" if quantization in _16_BIT_TYPES else "K" if self.size.hidden % 256 == 0 else "legacy"
+        if quantization in ("Q8_0", "Q4_0"):
+            kind = "legacy"
+        return self.size.parameters / (_QUANTIZED_PER_SECOND_AND_CORE[kind] * self.hardware.cores)
+
+    def _mapped_block(self) -> float:
+        """Blocks of 2^24 weights in 32 bit: base, change, sum, and the quantized one."""
+        return 4 * 4 * min(1 << 24, self.size.parameters)
+
+    def _token_seconds(self) -> float:
+        """Seconds a token of one conversation takes under llama.cpp."""
+        weights = self.file_bytes(self.config.export.ship)
+        return weights / _MEMORY_BYTES_PER_SECOND + self.size.layers * _SECONDS_PER_LAYER
+
+
+# Bits a weight of the matrices in each file type, K-quants' mixtures included (llama.cpp's tools/quantize/README.md).
+_BITS = {
+    "F32": 32.0, "F16": 16.0, "BF16": 16.0, "Q8_0": 8.5, "Q6_K": 6.56, "Q5_K_M": 5.7, "Q5_K_S": 5.57, "Q4_K_M": 4.89,
+    "Q4_K_S": 4.67, "Q4_0": 4.66, "Q3_K_M": 4.0, "Q2_K": 3.16, "IQ4_XS": 4.46,
+}  # fmt: skip
+_ODD_WIDTH_FACTOR = 1.28  # a width that is no multiple of 256 makes K-quants fall back to larger types (SmolLM2)
+
+
+def _bits_per_weight(quantization: str, size: ModelSize) -> float:
+    bits = _BITS.get(quantization.upper(), 16.0)
+    return bits if size.hidden % 256 == 0 or bits >= 8 else bits * _ODD_WIDTH_FACTOR

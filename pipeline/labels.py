@@ -1,0 +1,53 @@
+"""Proof of what the loss sees: the labels of an example, decoded and compared with what they should say."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.prompts import IGNORED_LABEL, ChatFormat, Example
+from pipeline.vocabulary import TransformersVocabulary
+
+
+class Fragment(BaseModel):
+    """A stretch of the example that is wholly inside or outside the loss."""
+
+    model_config = ConfigDict(frozen=True)
+    text: str
+    in_loss: bool
+
+
+def loss_mask(chat_format: ChatFormat, vocabulary: TransformersVocabulary, example: Example) -> list[Fragment]:
+    """The example's text as fragments inside and outside the loss, decoded from the ids that training sees."""
+    encoded = chat_format.encode(example)
+    fragments = []
+    for in_loss, group in itertools.groupby(
+        zip(encoded.input_ids, encoded.labels, strict=True), key=lambda pair: pair[1] != IGNORED_LABEL
+    ):
+        fragments.append(Fragment(text=vocabulary.decode([token for token, _ in group]), in_loss=in_loss))
+    return fragments
+
+
+def label_fault(chat_format: ChatFormat, vocabulary: TransformersVocabulary, example: Example) -> str | None:
+    """What of the example the loss would not see, as the decoded labels show it; None when all is there."""
+    labelled = vocabulary.decode(chat_format.encode(example).completion_ids)
+    if labelled != chat_format.completion_text(example):
+        return f"the labels say {labelled!r:.120} instead of the completion"
+    return None
+
+
+def label_verdict(
+    chat_format: ChatFormat, vocabulary: TransformersVocabulary, examples: Sequence[Example]
+) -> tuple[str, str | None]:
+    """The sentence about all examples' labels, and the problem where there is one."""
+    if not examples:
+        return "no usable record to show", None
+    faults = [fault for example in examples if (fault := label_fault(chat_format, vocabulary, example))]
+    if faults:
+        fault = f"{len(faults)} of {len(examples)} records: {faults[0]}: use another model.base or chat template"
+        return fault, fault
+    with_reasoning = sum(example.reasoning is not None for example in examples)
+    what = "reasoning, answer and end of turn are" if with_reasoning else "answer and end of turn are"
+    return f"{what} in the loss of all {len(examples)} records looked at, the prompt is not", None
