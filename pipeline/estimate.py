@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
@@ -48,10 +47,10 @@ _DOWNLOAD_BYTES_PER_SECOND = 50e6
 _16_BIT_TYPES = ("F32", "F16", "BF16")
 
 
-@dataclass(frozen=True)
-class Workload:
+class Workload(BaseModel):
     """What the data ask for. Tokens are per example, prompt and completion."""
 
+    model_config = ConfigDict(frozen=True)
     rows: int
     train_rows: int
     eval_rows: int

@@ -33,7 +33,7 @@ def loss_mask(chat_format: ChatFormat, vocabulary: TransformersVocabulary, examp
 def label_fault(chat_format: ChatFormat, vocabulary: TransformersVocabulary, example: Example) -> str | None:
     """What of the example the loss would not see, as the decoded labels show it; None when all is there."""
     labelled = vocabulary.decode(chat_format.encode(example).completion_ids)
-    if labelled != chat_format.completion_text(example):
+    if labelled != vocabulary.representable(chat_format.completion_text(example)):
         return f"the labels say {labelled!r:.120} instead of the completion"
     return None
 

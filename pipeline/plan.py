@@ -19,7 +19,7 @@ from pipeline.base_model import base_is_here, cache_dir, load_tokenizer, local_b
 from pipeline.choices import NamedChoice, training_choices
 from pipeline.config import Config
 from pipeline.errors import MedcotError
-from pipeline.estimate import Estimator, StageEstimate, measure_cpu_gflops, steps_of
+from pipeline.estimate import Estimator, StageEstimate, Workload, measure_cpu_gflops, steps_of
 from pipeline.hardware import Hardware, compute_dtype, detect
 from pipeline.labels import Fragment, label_verdict, loss_mask
 from pipeline.model_size import ModelSize
@@ -38,8 +38,7 @@ class Plan(BaseModel):
     platform: str
     choices: list[NamedChoice]
     survey: Survey
-    train_rows: int
-    eval_rows: int
+    workload: Workload
     steps: int
     tokens_trained: int
     parameters: int
@@ -88,8 +87,7 @@ def make_plan(
         platform=hardware.platform,
         choices=training_choices(config, hardware, dtype, estimator, where_it_trains),
         survey=survey,
-        train_rows=work.train_rows,
-        eval_rows=work.eval_rows,
+        workload=work,
         steps=steps,
         tokens_trained=round(
             steps * config.training.batch_size * config.training.gradient_accumulation * work.mean_tokens

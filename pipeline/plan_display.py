@@ -31,7 +31,7 @@ def _facts(plan: Plan) -> Table:
     rows.append(
         (
             "records",
-            f"{plan.train_rows:,} + {plan.eval_rows:,} held out",
+            f"{plan.workload.train_rows:,} + {plan.workload.eval_rows:,} held out",
             f"{survey.usable:,} of {survey.read:,} read are usable" + (f" ({rejected})" if rejected else ""),
         )
     )

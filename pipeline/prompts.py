@@ -1,7 +1,7 @@
 """The one place where an example becomes tokens and labels, and a conversation becomes a prompt.
 
-The text of a conversation comes from the model's own Jinja chat template. It is then cut at the control tokens
-that the *template* wrote; what lies between is tokenized as plain text. So a question that contains
+The text of a conversation comes from the model's own chat template (``pipeline/chat_template.py``). It is cut at the
+control tokens that the *template* wrote; what lies between is tokenized as plain text. So a question that contains
 ``<|im_end|>`` or ``</think>`` stays text, and the ids equal those of the whole rendered text otherwise.
 
 Two traps of R1's template are handled here. It deletes everything up to ``</think>`` from assistant turns, so
@@ -13,25 +13,34 @@ Needs jinja2 only: the chat uses it without PyTorch or transformers.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
-import jinja2
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from pipeline.chat_template import (
+    THINK_CLOSE,
+    THINK_OPEN,
+    ChatTemplate,
+    Message,
+    Piece,
+    template_sha256,
+)
 from pipeline.errors import MedcotError
 
-THINK_OPEN = "<think>"
-THINK_CLOSE = "</think>"
 IGNORED_LABEL = -100  # PyTorch's cross entropy leaves this label out
 
-Message = Mapping[str, str]
+__all__ = [
+    "IGNORED_LABEL",
+    "THINK_CLOSE",
+    "THINK_OPEN",
+    "ChatFormat",
+    "EncodedExample",
+    "Example",
+    "Message",
+    "Vocabulary",
+]
 
 
 class Vocabulary(Protocol):
@@ -74,51 +83,44 @@ class EncodedExample:
         return self.input_ids[: len(self.input_ids) - len(self.completion_ids)]
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A stretch of rendered text; control tokens are recognised only in what the template wrote."""
-
-    text: str
-    from_template: bool
-
-
 class ChatFormat:
-    """Turns conversations and examples into ids with one model's template and vocabulary."""
+    """Turns conversations and examples into ids with one model's template and vocabulary.
+
+    Every method raises MedcotError when the template refuses a conversation or cannot be used at all.
+    """
 
     def __init__(self, template: str, vocabulary: Vocabulary, system: str | None = None) -> None:
         self.template = template
         self.vocabulary = vocabulary
         self.system = system
-        try:
-            self._compiled = _environment().from_string(template)
-        except jinja2.TemplateError as error:
-            raise MedcotError(f"The model's chat template is not valid Jinja: {error}.") from error
+        self.chat_template = ChatTemplate(template, vocabulary.bos_token, vocabulary.eos_token)
 
     @property
     def template_sha256(self) -> str:
-        return hashlib.sha256(self.template.encode()).hexdigest()
+        return template_sha256(self.template)
 
-    @cached_property
+    @property
     def opens_thought(self) -> bool:
         """Whether the generation prompt itself ends with ``<think>``, so that output starts inside the thought."""
-        prompt = self.render([{"role": "user", "content": "x"}])
-        return prompt.rstrip().endswith(THINK_OPEN)
+        return self.chat_template.opens_thought
+
+    @cached_property
+    def end_of_turn(self) -> str:
+        """The control token that ends the assistant's turn: the first one the template writes behind an answer.
+
+        It often differs from the vocabulary's EOS (Llama 3: ``<|eot_id|>``), which is taken where the template
+        writes none.
+        """
+        found = re.match(rf"\s*{self._control_pattern.pattern}", self.chat_template.after_answer)
+        return found[1] if found else self.vocabulary.eos_token
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The conversation as text, exactly as the template writes it."""
-        try:
-            return self._compiled.render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                bos_token=self.vocabulary.bos_token or "",
-                eos_token=self.vocabulary.eos_token,
-            )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise MedcotError(f"The model's chat template refuses this conversation: {error}.") from error
+        return self.chat_template.render(messages, add_generation_prompt)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Ids that end where the assistant's turn begins, with exactly one BOS where the model wants one."""
-        return self._encode(self._render_pieces(messages))
+        return self._with_one_bos(self._encode(self.chat_template.pieces(messages)))
 
     def question_ids(self, question: str) -> list[int]:
         """The prompt for a single question, with the configured system prompt if there is one."""
@@ -130,10 +132,11 @@ class ChatFormat:
 
     def encode(self, example: Example) -> EncodedExample:
         """Ids and labels of one example; the loss sees the thought, the answer and the end of turn."""
-        prompt = self._render_pieces(self._conversation(example.question))
+        self.chat_template.check_continuation()
+        prompt = self.chat_template.pieces(self._conversation(example.question))
         if self.opens_thought:
             prompt = _without_thought_opening(prompt)
-        prompt_ids = self._encode(prompt)
+        prompt_ids = self._with_one_bos(self._encode(prompt))
         completion_ids = self._encode(self._completion_pieces(example), continues=True)
         return EncodedExample(
             input_ids=prompt_ids + completion_ids,
@@ -144,11 +147,9 @@ class ChatFormat:
         """Ids of (prompt, thought with its tags, answer with the end of turn): ``encode`` cut in three."""
         whole = self.encode(example)
         completion = whole.completion_ids
-        if example.reasoning is None:
+        if not self._thought_pieces(example):
             return whole.prompt_ids, [], completion
-        answer = self._encode(
-            [_Piece(example.answer.strip(), False), _Piece(self.vocabulary.eos_token, True)], continues=True
-        )
+        answer = self._encode(self._answer_pieces(example), continues=True)
         # A merge may span the blank line and the answer's first letters; then the cut moves, never the ids.
         return whole.prompt_ids, completion[: len(completion) - len(answer)], completion[-len(answer) :]
 
@@ -156,73 +157,36 @@ class ChatFormat:
         user = {"role": "user", "content": question.strip()}
         return [user] if self.system is None else [{"role": "system", "content": self.system}, user]
 
-    def _completion_pieces(self, example: Example) -> list[_Piece]:
-        end = _Piece(self.vocabulary.eos_token, True)
-        answer = _Piece(example.answer.strip(), False)
-        if example.reasoning is None:
-            return [answer, end]
-        return [
-            _Piece(f"{THINK_OPEN}\n", True),
-            _Piece(example.reasoning.strip(), False),
-            _Piece(f"\n{THINK_CLOSE}\n\n", True),
-            answer,
-            end,
-        ]
+    def _completion_pieces(self, example: Example) -> list[Piece]:
+        return [*self._thought_pieces(example), *self._answer_pieces(example)]
 
-    def _render_pieces(self, messages: Sequence[Message]) -> list[_Piece]:
-        """Render, then tell the template's own text from the messages' contents.
+    def _thought_pieces(self, example: Example) -> list[Piece]:
+        if example.reasoning is not None:
+            thought = [Piece(example.reasoning.strip(), False), Piece("\n", True)]
+        elif self.opens_thought:
+            # Inference begins inside a thought whatever was trained, so an example without one closes it at once. A
+            # second line break would become one token with the first, and no longer go on from the prompt's ids.
+            thought = []
+        else:
+            return []
+        return [Piece(f"{THINK_OPEN}\n", True), *thought, Piece(f"{THINK_CLOSE}\n\n", True)]
 
-        Each content is rendered as itself and as a marker; the text around the markers is the template's. A
-        template that changes contents (R1's strips thoughts from history) is followed by what it rendered.
-        """
-        rendered = self.render(messages)
-        marked = [
-            {**message, "content": _marker(index)} if message["content"].strip() else message
-            for index, message in enumerate(messages)
-        ]
-        skeleton = re.split(r"(\uE000\d+\uE001)", self.render(marked))
-        pieces: list[_Piece] = []
-        position = 0
-        for index, part in enumerate(skeleton):
-            if index % 2 == 0:
-                if rendered[position : position + len(part)] != part:
-                    raise MedcotError(
-                        "The model's chat template changes its own text with the message's content, "
-                        "so user text cannot be told from control tokens: use another template."
-                    )
-                pieces.append(_Piece(part, True))
-                position += len(part)
-            else:
-                following = skeleton[index + 1]
-                content = messages[int(part[1:-1])]["content"]
-                variants = (content, content.strip(), content.rsplit(THINK_CLOSE, 1)[-1])
-                length = next(
-                    (len(variant) for variant in variants if rendered.startswith(variant + following, position)),
-                    None,
-                )
-                if length is None:
-                    raise MedcotError(
-                        "The model's chat template rewrites message contents in a way medcot does not know: "
-                        "use another template."
-                    )
-                pieces.append(_Piece(rendered[position : position + length], False))
-                position += length
-        return pieces
+    def _answer_pieces(self, example: Example) -> list[Piece]:
+        return [Piece(example.answer.strip(), False), Piece(self.end_of_turn, True)]
 
-    def _encode(self, pieces: Sequence[_Piece], continues: bool = False) -> list[int]:
+    def _encode(self, pieces: Sequence[Piece], continues: bool = False) -> list[int]:
         """Tokenize pieces: control tokens in template text become ids, the text between them is merged and encoded."""
         ids: list[int] = []
         plain = ""
-        controls = self.vocabulary.control_tokens
 
         def flush() -> None:
             nonlocal plain
             if plain:
-                ids.extend(self.vocabulary.encode_text(plain, after_text=continues and not ids))
+                ids.extend(self._text_ids(plain, after_text=continues and not ids))
                 plain = ""
 
         for piece in pieces:
-            if not piece.from_template or not controls:
+            if not piece.from_template:
                 plain += piece.text
                 continue
             for index, part in enumerate(self._control_pattern.split(piece.text)):
@@ -230,11 +194,19 @@ class ChatFormat:
                     plain += part
                 else:
                     flush()
-                    ids.append(controls[part])
+                    ids.append(self.vocabulary.control_tokens[part])
         flush()
-        if not continues:
-            ids = self._with_one_bos(ids)
         return ids
+
+    def _text_ids(self, text: str, after_text: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise MedcotError(
+                f"The text behind {text[max(0, error.start - 20) : error.start]!r} is half a character (the lone "
+                f"surrogate {text[error.start]!r}): remove it."
+            ) from error
+        return self.vocabulary.encode_text(text, after_text=after_text)
 
     def _with_one_bos(self, ids: list[int]) -> list[int]:
         bos = self.vocabulary.bos_token
@@ -247,33 +219,11 @@ class ChatFormat:
 
     @cached_property
     def _control_pattern(self) -> re.Pattern[str]:
+        """One group that matches any control token, the longest first; nothing where there are none."""
         longest_first = sorted(self.vocabulary.control_tokens, key=len, reverse=True)
-        return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        return re.compile("(" + ("|".join(map(re.escape, longest_first)) or r"(?!)") + ")")
 
 
-def _marker(index: int) -> str:
-    """A stand-in for a message's content, in private-use characters that no template writes."""
-    return f"\ue000{index}\ue001"
-
-
-def _without_thought_opening(pieces: Sequence[_Piece]) -> list[_Piece]:
+def _without_thought_opening(pieces: Sequence[Piece]) -> list[Piece]:
     last = pieces[-1]
-    return [*pieces[:-1], _Piece(last.text.rstrip().removesuffix(THINK_OPEN), True)]
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """Jinja as transformers sets it up for chat templates, so that the same template gives the same text."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, indent: int | None = None) -> str:
-        import json
-
-        return json.dumps(value, ensure_ascii=False, indent=indent)
-
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-    return environment
+    return [*pieces[:-1], Piece(last.text.rstrip().removesuffix(THINK_OPEN), True)]

@@ -105,6 +105,10 @@ class ExportedModels(Measurement):
     adapter_matrices_merged: int
     ship: str
     base: str | None = Field(description="File name of the base in the shipped type.")
+    adapter_gguf: str | None = Field(
+        default=None, description="File name of the adapter alone, for llama.cpp's --lora."
+    )
+    warnings: list[str] = Field(default=[], description="What the user should know before trusting the files.")
     files: list[ExportedFile]
 
 

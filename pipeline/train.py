@@ -16,8 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.adapter_recipe import AdapterRecipe, write_recipe
 from pipeline.artifacts import write_text
 from pipeline.base_model import load_tokenizer, local_base
+from pipeline.chat_template import template_sha256
 from pipeline.checkpoints import TrainingProgress, latest_whole, seal
 from pipeline.config import Config
 from pipeline.errors import MedcotError
@@ -313,7 +315,7 @@ def _held_out_loss(trainer: Any) -> float:
 
 
 def _save_adapter(config: Config, model: Any, tokenizer: Any, out_dir: Path) -> None:
-    """Adapter and tokenizer; the adapter names its base as configured, not as a folder of this machine."""
+    """Adapter, tokenizer and recipe; the adapter names its base as configured, not as a folder of this machine."""
     model.save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)
     path = out_dir / "adapter_config.json"
@@ -321,3 +323,11 @@ def _save_adapter(config: Config, model: Any, tokenizer: Any, out_dir: Path) -> 
     adapter_config["base_model_name_or_path"] = config.model.base
     write_text(path, json.dumps(adapter_config, indent=2, sort_keys=True) + "\n")
     (out_dir / "README.md").unlink(missing_ok=True)  # peft's empty model card
+    write_recipe(
+        out_dir,
+        AdapterRecipe(
+            base=config.model.base,
+            template_sha256=template_sha256(tokenizer.chat_template),
+            system=config.prompt.system,
+        ),
+    )

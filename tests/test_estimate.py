@@ -24,7 +24,14 @@ def estimator(config: Config, architecture: dict[str, int], work: Workload, hard
 
 
 def workload(tokens: float, longest: int | None = None, rows: int = 1000) -> Workload:
-    return Workload(rows, rows, 50, tokens, tokens * 0.7, longest or int(tokens))
+    return Workload(
+        rows=rows,
+        train_rows=rows,
+        eval_rows=50,
+        mean_tokens=tokens,
+        mean_completion_tokens=tokens * 0.7,
+        longest_tokens=longest or int(tokens),
+    )
 
 
 # docs.unsloth.ai/basics/unsloth-benchmarks: the longest context that fits, QLoRA with rank 32 on all linear layers,

@@ -46,7 +46,7 @@ def test_a_plan_counts_steps_and_shows_the_mask(base: Path) -> None:
     overrides = ["training.max_steps=null", "training.epochs=2", "training.batch_size=3"]
     plan = make_plan(configured(base, *overrides))
     assert plan.problems == []
-    assert (plan.train_rows, plan.eval_rows, plan.survey.complete) == (126, 24, True)
+    assert (plan.workload.train_rows, plan.workload.eval_rows, plan.survey.complete) == (126, 24, True)
     assert plan.steps == 2 * -(-126 // 3)
     prompt, completion = plan.example
     assert not prompt.in_loss and completion.in_loss
@@ -138,7 +138,7 @@ def test_a_large_source_is_judged_by_its_first_records(base: Path, tmp_path: Pat
             stream.write(json.dumps(row | {"Question": f"What is finding {number}?"}) + "\n")
     plan = make_plan(configured(base, f"data.source={source}", "data.train_rows=4000"))
     assert not plan.survey.complete and plan.survey.read <= 2000
-    assert plan.train_rows == 4000 and "there are more" in plan.notes[0]
+    assert plan.workload.train_rows == 4000 and "there are more" in plan.notes[0]
     assert plan.problems == []
 
 
