@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.adapter_recipe import check_template, read_recipe
 from pipeline.errors import MedcotError
 from pipeline.hardware import usable_cores
 from pipeline.prompts import ChatFormat
@@ -214,13 +215,16 @@ class TransformersEngine:
         self.weights = "bnb-4bit" if in_4bit else str(model.dtype).removeprefix("torch.")
         self.file_bytes = sum(_weight_bytes(folder) for folder in (base, adapter) if folder)
         self.vocabulary_size = int(model.config.get_text_config().vocab_size)
-        self._system = settings.system
+        self._recipe = read_recipe(adapter)
+        self._system = self._recipe.system if settings.system is None and self._recipe else settings.system
+        self._with_tokenizer = with_tokenizer
 
     @cached_property
     def chat_format(self) -> ChatFormat:
         template = self._tokenizer.chat_template
         if not isinstance(template, str):
             raise MedcotError("The tokenizer holds no chat template: it is not a chat model.")
+        check_template(self._recipe, template, str(self._with_tokenizer))
         return ChatFormat(template, TransformersVocabulary(self._tokenizer), self._system)
 
     def token_log_probabilities(self, ids: Sequence[int]) -> npt.NDArray[np.float64]:
@@ -262,9 +266,9 @@ class TransformersEngine:
     @cached_property
     def _end_ids(self) -> set[int]:
         """The template's end of turn, and whatever else the model's own configuration ends on."""
-        vocabulary = self.chat_format.vocabulary
+        controls = self.chat_format.vocabulary.control_tokens
         own = self._model.generation_config.eos_token_id
-        ends = {vocabulary.control_tokens[vocabulary.eos_token]}
+        ends = {controls[self.chat_format.end_of_turn], controls[self.chat_format.vocabulary.eos_token]}
         return ends | ({own} if isinstance(own, int) else set(own or ()))
 
     def text(self, ids: Sequence[int]) -> str:

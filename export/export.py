@@ -8,54 +8,38 @@ the block in its own type; neither a merged checkpoint nor a whole tensor is eve
 
 from __future__ import annotations
 
-import errno
-import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from export.architecture import LlamaArchitecture, ModelTensor, read_architecture
-from export.ggml import quantize
-from export.gguf_file import GgufFile, GgufPlan
-from export.lora import LoraAdapter
+from export.adapter_gguf import AdapterType, check_expressible, write_adapter_gguf
+from export.architecture import Architecture, ModelTensor, read_architecture
+from export.base_match import base_mismatch
+from export.gguf_file import GgufPlan
+from export.importance_file import ImportanceMatrix
+from export.merged_weights import MergedWeights, WeightedAdapter
 from export.packages import write_modelfile
 from export.quant_types import file_type
-from export.tokenizer_metadata import TOKENIZER_FILES, Vocabulary, read_vocabulary
-from export.weights import BaseWeights, FloatRows
+from export.stream import Output, Progress, Role, tensors_by_shard, write_files
+from export.tokenizer_metadata import TOKENIZER_FILES, Vocabulary, read_vocabulary, with_special_ids
+from export.weights import BaseWeights, open_base
 from pipeline.artifacts import atomic_path
 from pipeline.config import Config
 from pipeline.errors import MedcotError
 from pipeline.results import ExportedFile, ExportedModels
 
-Role = Literal["tuned", "base"]
-# Called with the tensor at hand, the parameters done and their total.
-Progress = Callable[[str, int, int], None]
-# Weights handled at a time: 64 MB in float32, so that an 8B model's embedding needs no gigabytes.
-_BLOCK_WEIGHTS = 1 << 24
-
-
-@dataclass(frozen=True)
-class Output:
-    """One file to write: where, from which weights, and what it will hold."""
-
-    path: Path
-    role: Role
-    plan: GgufPlan
+Adapters = Path | WeightedAdapter | Sequence[Path | WeightedAdapter] | None
 
 
 def export(config: Config, inputs: dict[str, Path], out_dir: Path) -> ExportedModels:
     """Stage: the trained adapter (``inputs["train"]``) and its base to GGUF files in ``out_dir``."""
-    from pipeline.base_model import local_base
-
-    with _progress_bar() as progress:
+    folder, base_weights = open_model(config.model.base, config.model.revision)
+    with base_weights as weights, _progress_bar() as progress:
         return export_models(
-            local_base(config.model.base, config.model.revision),
+            folder,
             inputs["train"],
             out_dir,
             config.name,
@@ -64,12 +48,26 @@ def export(config: Config, inputs: dict[str, Path], out_dir: Path) -> ExportedMo
             progress,
             ship=config.export.ship,
             system=config.prompt.system,
+            given_as=config.model.base,
+            weights=weights,
         )
+
+
+def open_model(base: str, revision: str | None = None) -> tuple[Path, BaseWeights]:
+    """Folder with a base's configuration and tokenizer, and its weights, which may be read from the hub shard by shard.
+
+    ``base`` is a hub id, a folder, or ``package:<module>/<file>.gguf``.
+    """
+    from pipeline.base_model import PACKAGE_PREFIX, local_base
+
+    on_hub = not base.startswith(PACKAGE_PREFIX) and not Path(base).is_dir()
+    folder = local_base(base, revision, weights=not on_hub)
+    return folder, open_base(base, revision) if on_hub else BaseWeights(folder)
 
 
 def export_models(
     base: Path,
-    adapter: Path | None,
+    adapter: Adapters,
     out_dir: Path,
     name: str,
     quantizations: Sequence[str],
@@ -78,32 +76,55 @@ def export_models(
     *,
     ship: str | None = None,
     system: str | None = None,
+    adapter_gguf: AdapterType | None = None,
+    given_as: str | None = None,
+    weights: BaseWeights | None = None,
+    importance: ImportanceMatrix | None = None,
 ) -> ExportedModels:
     """Write ``<name>-<QUANT>.gguf`` for each quantization, ``<name>-base-<QUANT>.gguf`` and a Modelfile.
 
-    ``base`` is a folder as Hugging Face lays it out. The tokenizer and chat template come from the adapter's
-    folder where it has them. ``ship`` is the quantization that the Modelfile names (default: the last one).
-    All files appear together at the end, or none; raises MedcotError.
+    ``base`` is a folder as Hugging Face lays it out; its tensors come from ``weights`` where given. The tokenizer
+    and chat template come from the first adapter's folder that has them. ``ship`` is the quantization that the
+    Modelfile names (default: the last one), ``given_as`` what the user called the base, ``adapter_gguf`` the type of
+    an additional ``<name>-adapter.gguf``; ``importance`` guides the quantizers. All files appear together at the end,
+    or none; raises MedcotError.
     """
+    adapters = _weighted(adapter)
+    if adapter_gguf and not adapters:
+        raise MedcotError("An adapter GGUF is asked for and no adapter is given.")
     architecture = read_architecture(base)
-    weights = BaseWeights(base)
-    tensors = architecture.tensors()
-    _check_tensors(architecture, weights, tensors)
-    lora = LoraAdapter(adapter) if adapter else None
-    if lora:
-        lora.check_fits({tensor.source: tensor.shape for tensor in tensors if tensor.source})
-    vocabulary = read_vocabulary(tokenizer_folder(base, adapter), architecture.vocabulary)
-    outputs = _outputs(out_dir, name, quantizations, base_quantization, architecture, vocabulary, tensors)
-    _make_room(out_dir, outputs)
-    merged = _write_files(outputs, weights, lora, tensors, progress or (lambda tensor, done, total: None))
+    with BaseWeights(base) if weights is None else nullcontext(weights) as reader:
+        _check_tensors(architecture, reader)
+        merged = MergedWeights(reader, adapters, architecture)
+        if adapter_gguf:
+            check_expressible(architecture, merged.adapters)
+        models = _models(base, adapters, architecture, merged, with_base=base_quantization is not None)
+        tensors = {role: tensors_by_shard(each, reader, merged) for role, (each, _) in models.items()}
+        if importance is not None:
+            importance.check_fits({tensor.name: tensor.shape for tensor in tensors["tuned"]})
+        outputs = _outputs(out_dir, name, quantizations, base_quantization, models, tensors, system, importance)
+        adapter_path = out_dir / f"{name}-adapter.gguf" if adapter_gguf else None
+        _make_room(out_dir, outputs, [*(output.path for output in outputs), *([adapter_path] if adapter_path else [])])
+
+        def write_adapter(stack: ExitStack) -> None:
+            if adapter_path is not None and adapter_gguf is not None:
+                temporary = stack.enter_context(atomic_path(adapter_path))
+                write_adapter_gguf(temporary, f"{name} adapter", architecture, merged.adapters, adapter_gguf)
+
+        write_files(
+            outputs, tensors, reader, merged, progress or (lambda tensor, done, total: None), beside=write_adapter
+        )
     shipped = f"{name}-{file_type(ship or quantizations[-1]).name}.gguf"
-    write_modelfile(out_dir / "Modelfile", shipped, vocabulary, system)
+    write_modelfile(out_dir / "Modelfile", shipped, models["tuned"][1], system)
+    mismatches = [base_mismatch(each, base, given_as, architecture) for each, _ in merged.adapters]
     return ExportedModels(
         architecture=architecture.name,
         parameters=outputs[0].plan.parameters,
-        adapter_matrices_merged=merged,
+        adapter_matrices_merged=merged.changed,
         ship=shipped,
         base=next((output.path.name for output in outputs if output.role == "base"), None),
+        adapter_gguf=adapter_path.name if adapter_path else None,
+        warnings=[*architecture.remarks, *models["tuned"][1].remarks, *(text for text in mismatches if text)],
         files=[
             ExportedFile(
                 name=output.path.name,
@@ -118,15 +139,52 @@ def export_models(
     )
 
 
-def tokenizer_folder(base: Path, adapter: Path | None) -> Path:
-    """The folder whose tokenizer trained: the adapter's where it was saved beside it, else the base's."""
-    if adapter and any((adapter / file).is_file() for file in TOKENIZER_FILES):
-        return adapter
+def tokenizer_folder(base: Path, adapter: Adapters) -> Path:
+    """The folder whose tokenizer trained: the first adapter's that has one beside it, else the base's."""
+    for each in _weighted(adapter):
+        if any((each.folder / file).is_file() for file in TOKENIZER_FILES):
+            return each.folder
     return base
 
 
-def _check_tensors(architecture: LlamaArchitecture, weights: BaseWeights, tensors: Sequence[ModelTensor]) -> None:
-    for tensor in tensors:
+def _weighted(adapter: Adapters) -> list[WeightedAdapter]:
+    if adapter is None:
+        return []
+    several = [adapter] if isinstance(adapter, Path | WeightedAdapter) else adapter
+    return [WeightedAdapter(each) if isinstance(each, Path) else each for each in several]
+
+
+_Model = tuple[Architecture, Vocabulary]
+
+
+def _models(
+    base: Path,
+    adapters: Sequence[WeightedAdapter],
+    architecture: Architecture,
+    merged: MergedWeights,
+    *,
+    with_base: bool,
+) -> dict[Role, _Model]:
+    """Shape and vocabulary of the tuned model and, where it is wanted, of the base.
+
+    The base is written with the tokenizer and template that trained, unless tokens were added that it has no rows for.
+    """
+
+    def vocabulary(folder: Path, size: int) -> Vocabulary:
+        return with_special_ids(read_vocabulary(folder, size), architecture.config)
+
+    tuned = merged.architecture
+    models: dict[Role, _Model] = {
+        "tuned": (tuned, vocabulary(tokenizer_folder(base, adapters), tuned.vocabulary)),
+    }
+    if with_base:
+        same = tuned.vocabulary == architecture.vocabulary
+        models["base"] = (architecture, models["tuned"][1] if same else vocabulary(base, architecture.vocabulary))
+    return models
+
+
+def _check_tensors(architecture: Architecture, weights: BaseWeights) -> None:
+    for tensor in architecture.tensors():
         if tensor.source is None:
             continue
         stored = weights.stored(tensor.source)
@@ -138,7 +196,7 @@ def _check_tensors(architecture: LlamaArchitecture, weights: BaseWeights, tensor
     unknown = architecture.unknown(set(weights.names))
     if unknown:
         raise MedcotError(
-            f"{weights.folder} holds {len(unknown)} tensors that {architecture.name} models have no place "
+            f"{weights.origin} holds {len(unknown)} tensors that {architecture.hf_name} models have no place "
             f"for, such as {unknown[0]}: config.json names the wrong architecture, or the base is quantized."
         )
 
@@ -148,9 +206,10 @@ def _outputs(
     name: str,
     quantizations: Sequence[str],
     base_quantization: str | None,
-    architecture: LlamaArchitecture,
-    vocabulary: Vocabulary,
-    tensors: Sequence[ModelTensor],
+    models: dict[Role, _Model],
+    tensors: dict[Role, list[ModelTensor]],
+    system: str | None,
+    importance: ImportanceMatrix | None,
 ) -> list[Output]:
     if not quantizations:
         raise MedcotError("No quantization is asked for: name at least one, for example Q4_K_M.")
@@ -166,21 +225,22 @@ def _outputs(
             GgufPlan.of(
                 name if role == "tuned" else f"{name} base",
                 file_type(quantization),
-                architecture,
-                vocabulary,
-                tensors,
+                *models[role],
+                tensors[role],
+                system,
+                importance,
             ),
         )
         for file_name, (role, quantization) in wanted.items()
     ]
 
 
-def _make_room(out_dir: Path, outputs: Sequence[Output]) -> None:
+def _make_room(out_dir: Path, outputs: Sequence[Output], paths: Sequence[Path]) -> None:
     """Create the folder, remove what a killed export left there, and check that the files will fit."""
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        for output in outputs:
-            for leftover in out_dir.glob(f".{output.path.name}.*.tmp"):
+        for path in paths:
+            for leftover in out_dir.glob(f".{path.name}.*.tmp"):
                 leftover.unlink()
         free = shutil.disk_usage(out_dir).free
     except OSError as error:
@@ -191,75 +251,6 @@ def _make_room(out_dir: Path, outputs: Sequence[Output]) -> None:
             f"{out_dir} has {free / 1e9:.2f} GB free and the files need {needed / 1e9:.2f} GB: "
             f"free {(needed - free) / 1e9:.2f} GB or ask for fewer quantizations."
         )
-
-
-def _write_files(
-    outputs: Sequence[Output],
-    weights: BaseWeights,
-    lora: LoraAdapter | None,
-    tensors: Sequence[ModelTensor],
-    progress: Progress,
-) -> int:
-    """Write all files side by side, rename them at the end; returns how many tensors the adapter changed."""
-    total = sum(math.prod(tensor.shape) for tensor in tensors)
-    done = 0
-    merged: set[str] = set()
-    try:
-        with ExitStack() as stack:
-            files = []
-            for output in outputs:
-                file = GgufFile(output.plan, stack.enter_context(atomic_path(output.path)))
-                stack.callback(file.close)
-                files.append((output.role, file))
-            for index, tensor in enumerate(tensors):
-                progress(tensor.name, done, total)
-                for plain, tuned in _blocks(tensor, weights, lora):
-                    _write_block(index, plain, tuned, files)
-                    done += plain.size
-                    progress(tensor.name, done, total)
-                if lora and tensor.source in lora.changes:
-                    merged.add(tensor.source)
-            for _, file in files:
-                file.finish()
-    except OSError as error:
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
-        raise MedcotError(f"Writing to {outputs[0].path.parent} failed: {reason}. No file was left behind.") from error
-    return len(merged)
-
-
-def _blocks(
-    tensor: ModelTensor, weights: BaseWeights, lora: LoraAdapter | None
-) -> Iterator[tuple[FloatRows, FloatRows]]:
-    """Blocks of rows as (base, base with the adapter) in GGUF's order; one object twice where equal."""
-    if tensor.source is None:
-        assert tensor.values is not None
-        yield tensor.values.reshape(1, -1), tensor.values.reshape(1, -1)
-        return
-    change = lora.changes.get(tensor.source) if lora else None
-    rows, columns = tensor.shape[0], math.prod(tensor.shape[1:])
-    step = max(1, _BLOCK_WEIGHTS // columns)
-    for start in range(0, rows, step):
-        chosen = slice(start, start + step) if tensor.order is None else tensor.order[start : start + step]
-        plain = weights.rows(tensor.source, chosen)
-        tuned = plain if change is None else plain + change.rows(chosen)
-        if len(tensor.shape) == 1:
-            plain = tuned = plain.reshape(1, -1)
-        yield plain, tuned
-
-
-def _write_block(index: int, plain: FloatRows, tuned: FloatRows, files: Sequence[tuple[Role, GgufFile]]) -> None:
-    """Give every file its block; the same rows in the same type are quantized once."""
-    finished: dict[tuple[int, int], npt.NDArray[np.uint8]] = {}
-    for role, file in files:
-        planned = file.plan.tensors[index]
-        rows = tuned if role == "tuned" else plain
-        key = (id(rows), int(planned.ggml_type))
-        if key not in finished:
-            try:
-                finished[key] = quantize(rows, planned.ggml_type)
-            except OverflowError as error:
-                raise MedcotError(f"{planned.name}: {error}; export to BF16 or F32 instead.") from error
-        file.write(finished[key])
 
 
 @contextmanager

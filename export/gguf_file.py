@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,9 +16,11 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from export.architecture import LlamaArchitecture, ModelTensor
-from export.ggml import row_bytes
+from export.architecture import Architecture, ModelTensor
+from export.ggml import IGNORES_IMPORTANCE, row_bytes
+from export.importance_file import ImportanceMatrix
 from export.quant_types import FileType, tensor_type
+from export.recipe_metadata import add_recipe
 from export.tokenizer_metadata import Vocabulary
 
 
@@ -40,28 +42,36 @@ class GgufPlan:
 
     title: str
     file_type: FileType
-    architecture: LlamaArchitecture
+    architecture: Architecture
     vocabulary: Vocabulary
     tensors: tuple[PlannedTensor, ...]
+    system: str | None = None
+    importance: ImportanceMatrix | None = None
 
     @classmethod
     def of(
         cls,
         title: str,
         file_type: FileType,
-        architecture: LlamaArchitecture,
+        architecture: Architecture,
         vocabulary: Vocabulary,
         tensors: Sequence[ModelTensor],
+        system: str | None = None,
+        importance: ImportanceMatrix | None = None,
     ) -> GgufPlan:
+        """``importance`` guides the quantizers; file types that ignore it are planned without."""
+        if file_type.default in IGNORES_IMPORTANCE:
+            importance = None
+        shape = replace(architecture.shape, has_importance=importance is not None)
         planned = tuple(
             PlannedTensor(
                 tensor.name,
                 tensor.shape,
-                tensor_type(file_type, tensor.name, tensor.shape, architecture.shape),
+                tensor_type(file_type, tensor.name, tensor.shape, shape),
             )
             for tensor in tensors
         )
-        return cls(title, file_type, architecture, vocabulary, planned)
+        return cls(title, file_type, architecture, vocabulary, planned, system, importance)
 
     @property
     def parameters(self) -> int:
@@ -94,9 +104,14 @@ class GgufFile:
             self.close()
             raise
 
+    @property
+    def current(self) -> PlannedTensor:
+        """The tensor that the next block belongs to."""
+        return self.plan.tensors[self._next]
+
     def write(self, block: npt.NDArray[np.uint8]) -> None:
         """Append bytes to the current tensor; the last ones move on to the next tensor."""
-        tensor = self.plan.tensors[self._next]
+        tensor = self.current
         self._written += block.nbytes
         if self._written > tensor.bytes:
             raise ValueError(f"{tensor.name} is longer than planned")
@@ -108,7 +123,7 @@ class GgufFile:
     def finish(self) -> None:
         """Check that every tensor is complete and flush."""
         if self._next != len(self.plan.tensors):
-            raise ValueError(f"{self.plan.tensors[self._next].name} was not written")
+            raise ValueError(f"{self.current.name} was not written")
         self._stream.flush()
 
     def close(self) -> None:
@@ -123,6 +138,9 @@ class GgufFile:
         plan.architecture.add_metadata(writer)
         writer.add_file_type(plan.file_type.number)
         plan.vocabulary.add_metadata(writer)
+        add_recipe(writer, plan.vocabulary.chat_template, plan.system)
+        if plan.importance is not None:
+            plan.importance.add_metadata(writer)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for tensor in plan.tensors:
             writer.add_tensor_info(

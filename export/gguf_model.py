@@ -16,6 +16,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
+from export.recipe_metadata import SYSTEM_KEY, check_recorded_template
 from pipeline.errors import MedcotError
 from pipeline.hardware import usable_cores
 from pipeline.prompts import ChatFormat
@@ -25,7 +26,10 @@ GGUF_MAGIC = b"GGUF"
 
 
 class GgufModel:
-    """A GGUF under llama.cpp. ``n_ctx`` 0 takes the model's own context length (tokens)."""
+    """A GGUF under llama.cpp. ``n_ctx`` 0 takes the model's own context length (tokens).
+
+    ``system`` None takes the system prompt that the file says it was trained with, if any; "" takes none.
+    """
 
     def __init__(
         self,
@@ -40,7 +44,6 @@ class GgufModel:
         check_is_gguf(path)
         threads = n_threads or usable_cores()  # llama-cpp-python would take half of them
         self.path = path
-        self.system = system
         try:
             self._llama = llama_cpp.Llama(
                 str(path),
@@ -56,6 +59,8 @@ class GgufModel:
                 f"{path} cannot be loaded by llama.cpp ({error}): it is truncated, damaged, or of an "
                 "architecture this llama-cpp-python does not know. Download or export it again."
             ) from error
+
+        self.system = self.metadata.get(SYSTEM_KEY) if system is None else system or None
 
     def close(self) -> None:
         self._llama.close()
@@ -82,16 +87,33 @@ class GgufModel:
     def vocabulary(self) -> LlamaCppVocabulary:
         return LlamaCppVocabulary(self._llama)
 
-    @cached_property
-    def chat_format(self) -> ChatFormat:
+    @property
+    def chat_template(self) -> str:
         template = self.metadata.get("tokenizer.chat_template")
         if not template:
             raise MedcotError(f"{self.path} holds no chat template: it is not a chat model, or export it again.")
-        return ChatFormat(template, self.vocabulary, self.system)
+        return template
+
+    @cached_property
+    def chat_format(self) -> ChatFormat:
+        """Raises MedcotError where the file's template is not the one that export wrote."""
+        check_recorded_template(self.path, self.chat_template, self.metadata)
+        return ChatFormat(self.chat_template, self.vocabulary, self.system)
 
     def is_end_of_generation(self, token: int) -> bool:
+        """Whether llama.cpp's programs stop at ``token``, or the chat template ends turns with it."""
+        return self.llama_cpp_stops_at(token) or token == self._end_of_turn
+
+    def llama_cpp_stops_at(self, token: int) -> bool:
         vocab = llama_cpp.llama_model_get_vocab(self._llama.model)
         return bool(llama_cpp.llama_vocab_is_eog(vocab, token))
+
+    @cached_property
+    def _end_of_turn(self) -> int | None:
+        """None for a file without a template, which can still be timed."""
+        if "tokenizer.chat_template" not in self.metadata:
+            return None
+        return self.vocabulary.control_tokens[self.chat_format.end_of_turn]
 
     def tokenize_like_llama_cpp(self, text: str) -> list[int]:
         """The whole text as llama.cpp's own tools tokenize it: control tokens recognised, BOS not added."""

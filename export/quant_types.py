@@ -1,7 +1,7 @@
 """Which ggml type each tensor gets in a file of a given quantization.
 
 The rules are llama.cpp's (``src/llama-quant.cpp``: ``llama_tensor_get_type_impl``, ``tensor_type_fallback``)
-for dense models without an importance matrix, so that a file is the one ``llama-quantize`` would write.
+for dense models, so that a file is the one ``llama-quantize`` would write.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ class ModelShape:
     heads: int
     kv_heads: int
     tied_embeddings: bool
+    architecture: str = "llama"
+    has_importance: bool = False  # whether an importance matrix guides the quantizers
 
     @property
     def heads_per_kv_head(self) -> int:
@@ -32,8 +34,8 @@ class ModelShape:
 
     @property
     def is_70b(self) -> bool:
-        """llama.cpp's test for Llama-2-70B and its kin, whose attn_v is small enough for more bits."""
-        return self.layers == 80 and self.heads != self.kv_heads
+        """llama.cpp's test for models of 70B and their kin, whose attn_v is small enough for more bits."""
+        return self.layers == 80 and (self.architecture == "qwen2" or self.heads != self.kv_heads)
 
 
 # A rule gives the type of a tensor in layer i, or None for the file's default.
@@ -77,6 +79,11 @@ def _if_grouped(ggml_type: T, otherwise: T | None = None) -> Rule:
     return lambda layer, shape: ggml_type if shape.heads_per_kv_head >= 4 else otherwise
 
 
+def _if_importance(given: bool, rule: Rule) -> Rule:
+    """A rule for files made with an importance matrix only, or for those made without one."""
+    return lambda layer, shape: rule(layer, shape) if shape.has_importance is given else None
+
+
 FILE_TYPES = {
     file_type.name: file_type
     for file_type in (
@@ -118,9 +125,9 @@ FILE_TYPES = {
             "IQ4_XS",
             F.MOSTLY_IQ4_XS,
             T.IQ4_XS,
-            {"attn_v": _if_grouped(T.Q5_K), "ffn_down": _first_share(8, T.Q5_K)},
+            {"attn_v": _if_grouped(T.Q5_K), "ffn_down": _if_importance(False, _first_share(8, T.Q5_K))},
         ),
-        FileType("Q4_0", F.MOSTLY_Q4_0, T.Q4_0),
+        FileType("Q4_0", F.MOSTLY_Q4_0, T.Q4_0, {"ffn_down": _if_importance(True, _first_share(8, T.Q4_1))}),
     )
 }
 

@@ -1,14 +1,14 @@
 """A Hugging Face tokenizer as GGUF metadata: tokens, types, merges or scores, special ids, chat template.
 
-Two kinds exist: byte-level BPE (``tokenizer.ggml.model`` = gpt2: SmolLM2, Llama 3, R1-Distill) and
-SentencePiece (= llama: Llama 2, TinyLlama). What is written equals what llama.cpp's converter writes
+Two kinds exist: byte-level BPE (``tokenizer.ggml.model`` = gpt2: SmolLM2, Llama 3, Qwen2, R1-Distill) and
+SentencePiece (= llama: Llama 2, TinyLlama, Mistral 7B). What is written equals what llama.cpp's converter writes
 (``conversion/base.py``), but is read from the tokenizer's own description instead of guessed from hashes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from export.weights import read_json
 from pipeline.errors import MedcotError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-_SPACE = "\u2581"  # SentencePiece's mark for a space
+# A key of our own: ``_pre_tokenizer_name`` lets one normalizer pass, and whoever chats can apply it.
+NORMALIZER_KEY = "medcot.normalizer"
 _SPECIAL_ROLES = ("bos", "eos", "unk", "pad")
 _ADDED_SCORE = -1000.0
 _PADDING_SCORE = -10000.0
@@ -29,11 +30,17 @@ _LLAMA3_SPLIT = (
     r"|\s+(?!\S)|\s+"
 )
 _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+_TEKKEN_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # How a byte-level tokenizer cuts text into words -> the name llama.cpp knows that rule by.
 _PRE_TOKENIZERS = {
     ("Digits", "ByteLevel"): "smollm",
     (f"Split {_LLAMA3_SPLIT}", "ByteLevel without words"): "llama-bpe",
     (f"Split {_QWEN2_SPLIT}", "ByteLevel without words"): "qwen2",
+    (f"Split {_TEKKEN_SPLIT}", "ByteLevel without words"): "tekken",
     ("ByteLevel",): "gpt-2",
 }
 
@@ -53,6 +60,17 @@ class Vocabulary:
     add_eos: bool
     add_space_prefix: bool
     chat_template: str
+    normalizer: str | None = None  # what the tokenizer does to text first and llama.cpp does not: NFC in Qwen2
+
+    @property
+    def remarks(self) -> list[str]:
+        """What llama.cpp does otherwise than the tokenizer; sentences for the user."""
+        if self.normalizer is None:
+            return []
+        return [
+            f"The tokenizer brings text into the Unicode form {self.normalizer} first, llama.cpp does not: give it "
+            "composed characters (é as one, not as e and an accent)."
+        ]
 
     def add_metadata(self, writer: gguf.GGUFWriter) -> None:
         writer.add_tokenizer_model(self.model)
@@ -75,6 +93,8 @@ class Vocabulary:
         writer.add_add_eos_token(self.add_eos)
         writer.add_add_space_prefix(self.add_space_prefix)
         writer.add_chat_template(self.chat_template)
+        if self.normalizer is not None:
+            writer.add_string(NORMALIZER_KEY, self.normalizer)
 
 
 def read_vocabulary(folder: Path, size: int) -> Vocabulary:
@@ -99,6 +119,13 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
     raise MedcotError(f"{folder} holds no {' or '.join(TOKENIZER_FILES)}: the tokenizer is missing.")
 
 
+def with_special_ids(vocabulary: Vocabulary, model_config: Mapping[str, Any]) -> Vocabulary:
+    """The vocabulary with the special ids that only the model's config.json numbers (Qwen2's BOS)."""
+    numbered = {role: model_config.get(f"{role}_token_id") for role in _SPECIAL_ROLES}
+    known = {role: number for role, number in numbered.items() if isinstance(number, int)}
+    return replace(vocabulary, special_ids=known | vocabulary.special_ids)
+
+
 def _byte_level_bpe(folder: Path, config: Mapping[str, Any], description: Mapping[str, Any], size: int) -> Vocabulary:
     pre = _pre_tokenizer_name(folder, description)
     texts: dict[int, str] = {index: text for text, index in description["model"]["vocab"].items()}
@@ -109,6 +136,9 @@ def _byte_level_bpe(folder: Path, config: Mapping[str, Any], description: Mappin
     tokens, token_types = _padded(folder, texts, types, size)
     special = _special_ids(folder, config, {text: index for index, text in texts.items()})
     add_bos, add_eos = _added_by_template(description, config, special, texts)
+    if pre == "qwen2" and add_bos:
+        # The same rule by another name: llama.cpp's converter knows tokenizers by a hash of ids, BOS among them.
+        pre = "deepseek-r1-qwen"
     return Vocabulary(
         model="gpt2",
         pre=pre,
@@ -121,6 +151,7 @@ def _byte_level_bpe(folder: Path, config: Mapping[str, Any], description: Mappin
         add_eos=add_eos,
         add_space_prefix=False,
         chat_template=_chat_template(folder, config),
+        normalizer=(description.get("normalizer") or {}).get("type"),
     )
 
 

@@ -1,186 +1,247 @@
-"""Base weights from a local Hugging Face folder, any rows of any tensor, as float32.
+"""Base weights, any rows of any tensor, as float32: 16- and 32-bit or bitsandbytes' 4-bit, local or on the hub.
 
-Reads ``model.safetensors`` or the shards that ``model.safetensors.index.json`` names. Files are mapped into
-memory, so only the rows asked for are read, and PyTorch is not needed. Format (8 bytes of little-endian
-header length, a JSON header, data): https://huggingface.co/docs/safetensors/index#format
+    with open_base("owner/name", revision) as weights:
+        weights.plan(names)                  # in the order of use
+        values = weights.rows(name, rows)
+        weights.release(name)                # a shard whose tensors are all released leaves the disk
+
+Reads ``model.safetensors`` or the shards that ``model.safetensors.index.json`` names. Neither a whole tensor nor
+PyTorch is needed, and a base on the hub takes the disk space of one shard.
 """
 
 from __future__ import annotations
 
-import json
-import mmap
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
+from export.bitsandbytes_4bit import FourBitTensor, read_four_bit, state_names
+from export.checkpoint_shards import INDEX_NAME, SINGLE_NAME, Shard, local_shards, read_json
+from export.safetensors_file import ByteArray, FloatRows, RowIndices, SafetensorsFile, StoredTensor
 from pipeline.errors import MedcotError
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-# safetensors dtype -> what the bytes are read as; BF16 is the upper half of a float32.
-_STORED_AS: dict[str, np.dtype[Any]] = {
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-}
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+if TYPE_CHECKING:
+    from export.hub_files import DownloadProgress
+    from export.hub_shards import ShardFolder
 
-FloatRows = npt.NDArray[np.float32]
-RowIndices = npt.NDArray[np.int64]
+__all__ = [
+    "BaseWeights",
+    "FloatRows",
+    "RowIndices",
+    "SafetensorsFile",
+    "StoredTensor",
+    "check_quantization",
+    "open_base",
+    "read_json",
+]
 
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies: byte range [begin, end) counted from the start of its file."""
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
-class SafetensorsFile:
-    """One memory-mapped safetensors file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.tensors = _read_header(path)
-        with path.open("rb") as stream:
-            self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-
-    def rows(self, name: str, rows: RowIndices | slice) -> FloatRows:
-        """Rows of a tensor as a new float32 array [n, columns]; a vector has one column."""
-        tensor = self.tensors[name]
-        stored_as = _STORED_AS.get(tensor.dtype)
-        if stored_as is None:
-            raise MedcotError(
-                f"{self.path}: tensor {name} is stored as {tensor.dtype}; export reads 16- and 32-bit "
-                f"weights ({', '.join(_STORED_AS)}). Give the unquantized base."
-            )
-        count = (tensor.end - tensor.begin) // stored_as.itemsize
-        flat = np.frombuffer(self._map, dtype=stored_as, count=count, offset=tensor.begin)
-        chosen = flat.reshape(tensor.shape[0], -1)[rows]
-        if tensor.dtype == "BF16":
-            return (chosen.astype(np.uint32) << np.uint32(16)).view(np.float32)
-        return chosen.astype(np.float32)
+_CHECKED_AT_A_TIME = 1 << 16  # values; a block that stays in a core's cache
 
 
 class BaseWeights:
-    """All tensors of a base model. Raises MedcotError for missing or damaged files."""
+    """All tensors of a base model, a folder or the given ``shards``. Raises MedcotError for missing or damaged files.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        files = [SafetensorsFile(path) for path in _weight_files(folder)]
-        self._files = {name: file for file in files for name in file.tensors}
-        _check_index(folder, self._files)
+    ``origin`` names the base in messages. Packed 4-bit tensors appear once, under their own name and shape; the
+    scales and tables beside them are no tensors of the model. Several threads may read at once.
+    """
+
+    def __init__(
+        self, origin: Path | str, shards: Sequence[Shard] | None = None, scratch: ShardFolder | None = None
+    ) -> None:
+        self.origin = origin
+        self._scratch = scratch
+        self._shards = local_shards(Path(origin)) if shards is None else list(shards)
+        self._shard_of = _by_tensor(self._shards)
+        self._four_bit = self._read_four_bit()
+        inner = {part for tensor in self._four_bit.values() for part in tensor.parts}
+        inner |= set(state_names(self._shard_of).values())
+        self._names = [name for name in self._shard_of if name not in inner]
+        self._awaited = {id(shard): set(shard.tensors) & set(self._names) for shard in self._shards}
+        self._kept = self._read_strays()
+
+    def __enter__(self) -> BaseWeights:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """After a failure a fetched shard stays, so that the next attempt goes on with it."""
+        for shard in self._shards:
+            shard.close()
+        if self._scratch is not None:
+            self._scratch.close(keep=kind is not None)
 
     @property
-    def names(self) -> Iterable[str]:
-        return self._files.keys()
+    def names(self) -> Sequence[str]:
+        return self._names
 
     def stored(self, name: str) -> StoredTensor:
+        if name in self._four_bit:
+            return self._four_bit[name].stored
         try:
-            return self._files[name].tensors[name]
+            return self._shard_of[name].tensors[name]
         except KeyError:
-            raise MedcotError(
-                f"{self.folder} has no tensor {name}: the checkpoint is incomplete or its config.json "
-                "belongs to another model. Download it again."
-            ) from None
+            pass
+        if f"{name.removesuffix('.weight')}.qweight" in self._shard_of:
+            raise MedcotError(f"{self.origin} is quantized by GPTQ or AWQ. {_WHAT_WORKS}")
+        raise MedcotError(
+            f"{self.origin} has no tensor {name}: the checkpoint is incomplete or its config.json "
+            "belongs to another model. Download it again."
+        )
+
+    def plan(self, names: Iterable[str]) -> None:
+        """Only these tensors will be asked for: a shard is done with once all of them that it holds are released."""
+        for awaited in self._awaited.values():
+            awaited.clear()
+        for name in names:
+            self.stored(name)
+            self._awaited[id(self._shard_of[name])].add(name)
+
+    def by_shard(self, names: Iterable[str]) -> list[str]:
+        """The names in an order in which one shard at a time suffices; as given where no shard has to be fetched."""
+        given = list(names)
+        for name in given:
+            self.stored(name)
+        if self._scratch is None:
+            return given
+        groups: dict[int, list[str]] = {}
+        for name in given:
+            groups.setdefault(id(self._shard_of[name]), []).append(name)
+        return [name for group in groups.values() for name in group]
 
     def rows(self, name: str, rows: RowIndices | slice) -> FloatRows:
         """Rows of a tensor as float32 [n, columns]. Raises MedcotError where a value is NaN or infinite."""
-        self.stored(name)
-        values = self._files[name].rows(name, rows)
-        if not np.isfinite(values).all():
+        stored = self.stored(name)
+        four_bit = self._four_bit.get(name)
+        if four_bit is not None:
+            return four_bit.rows(rows, self._read)
+        values = self._shard_of[name].file().rows(name, rows)
+        if not _all_finite(values):
             raise MedcotError(
-                f"{self._files[name].path}: tensor {name} holds NaN or infinite values; the file is "
+                f"{stored.path}: tensor {name} holds NaN or infinite values; the file is "
                 "damaged or the training that made it diverged."
             )
         return values
 
+    def release(self, name: str) -> None:
+        """The tensor will not be asked for again; the last one of a shard from the hub frees its disk space."""
+        shard = self._shard_of[name]
+        awaited = self._awaited[id(shard)]
+        awaited.discard(name)
+        if not awaited:
+            shard.discard()
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises MedcotError when it is absent or not one."""
+    def _read(self, name: str, begin: int, end: int) -> ByteArray:
+        if name in self._kept:
+            return self._kept[name][begin:end]
+        return self._shard_of[name].file().read(name, begin, end)
+
+    def _read_four_bit(self) -> dict[str, FourBitTensor]:
+        states = state_names(self._shard_of)
+        stored = {name: shard.tensors[name] for name, shard in self._shard_of.items()} if states else {}
+        content: dict[str, ByteArray] = {}
+        for shard in self._shards:
+            content |= shard.peek(name for name in states.values() if name in shard.tensors)
+        return {name: read_four_bit(name, state, content[state].tobytes(), stored) for name, state in states.items()}
+
+    def _read_strays(self) -> dict[str, ByteArray]:
+        """Scales and tables that lie in another shard than their packed weights, so that one shard at a time suffices.
+
+        A checkpoint is cut into shards between any two tensors, so each cut parts at most one weight from its scales.
+        """
+        kept: dict[str, ByteArray] = {}
+        for name, tensor in self._four_bit.items():
+            for part in tensor.parts:
+                if self._shard_of[part] is not self._shard_of[name]:
+                    kept |= self._shard_of[part].peek([part])
+        return kept
+
+
+def open_base(
+    base: str,
+    revision: str | None = None,
+    *,
+    endpoint: str | None = None,
+    scratch: Path | None = None,
+    progress: DownloadProgress | None = None,
+) -> BaseWeights:
+    """The weights of a local folder or a hub repository (``owner/name``).
+
+    Shards that the hub's cache holds are read there. Others are fetched one by one into ``scratch`` (default: a
+    folder in medcot's cache) and deleted when released. Without the hub, a complete cached copy serves.
+    """
+    if Path(base).is_dir():
+        return BaseWeights(Path(base))
+    from export.hub_files import HubRepository, HubUnreachable
+    from export.hub_shards import ShardFolder, open_shards
+    from pipeline.base_model import cache_dir
+
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MedcotError(f"{path} cannot be read: {error.strerror}.") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise MedcotError(f"{path} is not valid JSON ({error}): download it again.") from error
-    if not isinstance(value, dict):
-        raise MedcotError(f"{path} holds a JSON {type(value).__name__}, not an object: it is not what it should be.")
-    return value
+        repository = HubRepository(base, revision, endpoint=endpoint)
+    except HubUnreachable as error:
+        return _cached_copy(base, revision, error)
+    folder = ShardFolder((scratch or cache_dir() / "shards") / base.replace("/", "--"))
+    try:
+        return BaseWeights(base, open_shards(repository, folder, progress), folder)
+    except BaseException:
+        folder.close(keep=True)
+        raise
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / INDEX_NAME
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise MedcotError(f"{index} names no shards (weight_map): download it again.")
-        paths = [folder / name for name in sorted(set(map(str, weight_map.values())))]
-    else:
-        paths = [folder / SINGLE_NAME]
-    missing = [path.name for path in paths if not path.is_file()]
-    if missing:
-        found = ", ".join(sorted(path.name for path in folder.glob("*.*"))[:8]) or "nothing"
-        raise MedcotError(
-            f"{folder} lacks {', '.join(missing)} (found {found}): give a folder with safetensors weights."
-        )
-    return paths
-
-
-def _check_index(folder: Path, files: Mapping[str, SafetensorsFile]) -> None:
-    index = folder / INDEX_NAME
-    if not index.is_file():
+def check_quantization(config: Mapping[str, Any], origin: Path | str) -> None:
+    """Raise MedcotError unless ``config.json`` describes weights that export can read."""
+    settings = config.get("quantization_config")
+    if not settings:
         return
-    for name, file_name in read_json(index)["weight_map"].items():
-        if name not in files or files[name].path.name != file_name:
-            raise MedcotError(
-                f"{folder / file_name} lacks tensor {name}, which {INDEX_NAME} promises: download it again."
-            )
+    if not isinstance(settings, dict):
+        raise MedcotError(f"{origin}: quantization_config must be an object, found {settings!r}.")
+    method = settings.get("quant_method", "an unnamed method")
+    four_bit = settings.get("load_in_4bit") or settings.get("_load_in_4bit")
+    if four_bit and method in ("bitsandbytes", "an unnamed method"):
+        return
+    if settings.get("load_in_8bit") or settings.get("_load_in_8bit"):
+        method = "bitsandbytes' LLM.int8()"
+    raise MedcotError(f"{origin} is quantized by {method}. {_WHAT_WORKS}")
 
 
-def _read_header(path: Path) -> dict[str, StoredTensor]:
+_WHAT_WORKS = (
+    "Export reads 16- and 32-bit safetensors and bitsandbytes' 4-bit ones (NF4, FP4): give the unquantized model."
+)
+
+
+def _all_finite(values: FloatRows) -> bool:
+    flat = values.reshape(-1)
+    return all(
+        bool(np.isfinite(flat[start : start + _CHECKED_AT_A_TIME]).all())
+        for start in range(0, flat.size, _CHECKED_AT_A_TIME)
+    )
+
+
+def _by_tensor(shards: Sequence[Shard]) -> dict[str, Shard]:
+    found: dict[str, Shard] = {}
+    for shard in shards:
+        for name, tensor in shard.tensors.items():
+            if name in found:
+                raise MedcotError(
+                    f"Tensor {name} is in {tensor.path} and in {found[name].tensors[name].path}: the shards "
+                    "do not belong together. Download the model again."
+                )
+            found[name] = shard
+    return found
+
+
+def _cached_copy(base: str, revision: str | None, unreachable: MedcotError) -> BaseWeights:
+    """The copy in the hub's cache, or the error that the hub gave."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = [try_to_load_from_cache(base, name, revision=revision) for name in (INDEX_NAME, SINGLE_NAME)]
+    cached = [Path(path) for path in found if isinstance(path, str)]
+    if not cached:
+        raise unreachable
     try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-                raise MedcotError(f"{path} is truncated or not a safetensors file ({size} bytes): download it again.")
-            header = json.loads(stream.read(length))
-    except OSError as error:
-        raise MedcotError(f"{path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise MedcotError(f"{path} is not a safetensors file (its header is no JSON): download it again.") from error
-    try:
-        tensors = {
-            name: StoredTensor(
-                path,
-                entry["dtype"],
-                tuple(map(int, entry["shape"])),
-                8 + length + int(entry["data_offsets"][0]),
-                8 + length + int(entry["data_offsets"][1]),
-            )
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise MedcotError(f"{path} is not a safetensors file (its header is malformed): download it again.") from error
-    _check_extents(path, size, tensors)
-    return tensors
-
-
-def _check_extents(path: Path, size: int, tensors: Mapping[str, StoredTensor]) -> None:
-    needed = max((tensor.end for tensor in tensors.values()), default=0)
-    if size < needed:
-        raise MedcotError(f"{path} is truncated: it has {size} bytes of {needed}. Download it again.")
-    for name, tensor in tensors.items():
-        stored_as = _STORED_AS.get(tensor.dtype)
-        if stored_as and tensor.end - tensor.begin != int(np.prod(tensor.shape)) * stored_as.itemsize:
-            raise MedcotError(f"{path}: the size of tensor {name} does not fit its shape {list(tensor.shape)}.")
+        return BaseWeights(cached[0].parent)
+    except MedcotError as error:
+        raise MedcotError(f"{unreachable} The copy in the hub's cache does not serve: {error}") from error

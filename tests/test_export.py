@@ -1,5 +1,6 @@
 """Merging, reading and writing: what export_models makes of tiny random models, and what it refuses."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -9,51 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from gguf import TokenType
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_models import SHARED, read_metadata, read_tensors, save_adapter, save_model, tensor_bytes
-from transformers import LlamaForCausalLM
+from tiny_models import CHATML, SHARED, read_metadata, read_tensors, save_adapter, save_model, tensor_bytes
 
 from export import export as export_module
-from export.architecture import read_architecture
+from export import stream
 from export.export import export_models
+from export.merged_weights import WeightedAdapter
 from export.tokenizer_metadata import read_vocabulary
+from pipeline.cli import cli
 from pipeline.errors import MedcotError
-
-PARTS = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
-OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-
-
-def hf_name(name: str) -> str:
-    stem = name.removesuffix(".weight")
-    if stem in OUTSIDE:
-        return f"{OUTSIDE[stem]}.weight"
-    _, layer, part = stem.split(".")
-    return f"model.layers.{layer}.{PARTS[part]}.weight"
-
-
-def as_hf_stores_it(name: str, values: np.ndarray, heads: int = 4, kv_heads: int = 2) -> np.ndarray:
-    """Undo the rotary interleaving of q and k: pairs (i, i + head_dim / 2) go back to two halves."""
-    if ".attn_q." not in name and ".attn_k." not in name:
-        return values
-    count = heads if ".attn_q." in name else kv_heads
-    return values.reshape(count, -1, 2, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
-
-
-def merged_by_peft(base: Path, adapter: Path) -> dict[str, np.ndarray]:
-    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
-    return {key: value.numpy() for key, value in model.merge_and_unload().state_dict().items()}
 
 
 @pytest.fixture(scope="module")
@@ -66,34 +34,51 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_adapter(tmp_path_factory.mktemp("model") / "adapter", base)
 
 
-@pytest.mark.parametrize(
-    ("model", "lora"),
-    [
-        ({"tied": True}, {}),
-        ({"tied": False, "dtype": torch.bfloat16, "head_dim": 24}, {"use_rslora": True}),
-        (
-            {"dtype": torch.float32},
-            {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"layers.1.mlp.up_proj": 3}},
-        ),
-    ],
-    ids=["tied, F16", "untied, BF16, rsLoRA", "F32, patterns"],
-)
-def test_merged_weights_are_pefts(model: dict[str, object], lora: dict[str, object], tmp_path: Path) -> None:
-    base = save_model(tmp_path / "base", **model)
-    adapter = save_adapter(tmp_path / "adapter", base, **lora)
-    result = export_models(base, adapter, tmp_path / "out", "m", ["F32"], "F32")
-    expected = merged_by_peft(base, adapter)
-    original = load_file(base / "model.safetensors")
-    tuned, untuned = read_tensors(tmp_path / "out/m-F32.gguf"), read_tensors(tmp_path / "out/m-base-F32.gguf")
-    tied = bool(model.get("tied", True))
-    assert {hf_name(name) for name in tuned} == set(expected) - ({"lm_head.weight"} if tied else set())
-    for name, tensor in tuned.items():
-        np.testing.assert_allclose(as_hf_stores_it(name, tensor.data), expected[hf_name(name)], atol=1e-6, rtol=1e-5)
-        plain = original[hf_name(name)].float().numpy()
-        assert np.array_equal(as_hf_stores_it(name, untuned[name].data), plain)
-    assert result.adapter_matrices_merged == 21
-    assert [file.role for file in result.files] == ["tuned", "base"]
-    assert result.base == "m-base-F32.gguf"
+def test_what_trained_is_in_the_metadata(base: Path, tmp_path: Path) -> None:
+    export_models(base, None, tmp_path, "m", ["F16"], "F16", system="Answer as a physician.")
+    for name in ("m-F16.gguf", "m-base-F16.gguf"):
+        metadata = read_metadata(tmp_path / name)
+        assert metadata["medcot.chat_template.sha256"] == hashlib.sha256(CHATML.encode()).hexdigest()
+        assert metadata["medcot.system_prompt"] == "Answer as a physician."
+    export_models(base, None, tmp_path, "m", ["F16"])
+    assert "medcot.system_prompt" not in read_metadata(tmp_path / "m-F16.gguf")
+
+
+def medcot(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, ["export", *map(str, arguments)])
+
+
+def test_the_command_writes_all_that_it_is_asked_for(base: Path, adapter: Path, tmp_path: Path) -> None:
+    second = save_adapter(tmp_path / "second", base, seed=2, target_modules=["q_proj"])
+    done = medcot(
+        "--base", base, "--adapter", f"{adapter}=0.5", "--adapter", second, "--adapter-gguf", "--out", tmp_path / "out",
+        "--quant", "F16", "--quant", "q8_0", "--base-quant", "Q4_0", "--name", "mixed", "--json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert [(file["name"], file["role"]) for file in result["files"]] == [
+        ("mixed-F16.gguf", "tuned"), ("mixed-Q8_0.gguf", "tuned"), ("mixed-base-Q4_0.gguf", "base"),
+    ]  # fmt: skip
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "Modelfile", "mixed-adapter.gguf", *(file["name"] for file in result["files"]),
+    }  # fmt: skip
+    several = [WeightedAdapter(adapter, 0.5), WeightedAdapter(second)]
+    export_models(base, several, tmp_path / "direct", "mixed", ["F16"])
+    assert (tmp_path / "direct/mixed-F16.gguf").read_bytes() == (tmp_path / "out/mixed-F16.gguf").read_bytes()
+
+
+def test_the_command_warns_of_another_base(base: Path, adapter: Path, tmp_path: Path) -> None:
+    other = copy_of(base, tmp_path / "another-model")
+    done = medcot("--base", other, "--adapter", adapter, "--out", tmp_path / "out", "--quant", "F16")
+    assert done.exit_code == 0
+    assert done.stderr.startswith("Warning: ") and "worthless" in done.stderr
+    assert done.stdout.count("\n") == 1 and "model-F16.gguf" in done.stdout
+
+
+def test_usage_errors(base: Path, tmp_path: Path) -> None:
+    assert medcot("--base", base, "--out", tmp_path / "out", "--adapter-gguf").exit_code == 2
+    failed = medcot("--base", base, "--out", tmp_path / "out", "--adapter", f"{base}=half")
+    assert isinstance(failed.exception, MedcotError) and "write DIR=WEIGHT" in str(failed.exception)
 
 
 def test_shards_and_one_file_give_the_same_bytes(base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -108,7 +93,7 @@ def test_small_blocks_of_rows_give_the_same_bytes(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export_models(base, adapter, tmp_path / "whole", "m", ["F16", "Q8_0"])
-    monkeypatch.setattr(export_module, "_BLOCK_WEIGHTS", 700)
+    monkeypatch.setattr(stream, "_BLOCK_WEIGHTS", 700)
     export_models(base, adapter, tmp_path / "blocks", "m", ["F16", "Q8_0"])
     for name in ("m-F16.gguf", "m-Q8_0.gguf"):
         whole, blocks = read_tensors(tmp_path / "whole" / name), read_tensors(tmp_path / "blocks" / name)
@@ -116,20 +101,6 @@ def test_small_blocks_of_rows_give_the_same_bytes(
             same = tensor_bytes(tensor) == tensor_bytes(blocks[key])
             # BLAS may sum a small product in another order, so a value may round to its other neighbour.
             assert same.mean() > 0.999, (name, key)
-
-
-def test_llama3_rope_factors_give_transformers_frequencies(tmp_path: Path) -> None:
-    scaling = {
-        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0, "original_max_position_embeddings": 256,
-    }  # fmt: skip
-    base = save_model(tmp_path / "base", hidden=256, rope_parameters=scaling)
-    export_models(base, None, tmp_path, "m", ["F16"])
-    factors = read_tensors(tmp_path / "m-F16.gguf")["rope_freqs.weight"].data
-    expected = LlamaForCausalLM.from_pretrained(base).model.rotary_emb.inv_freq.numpy()
-    plain = 1 / 500000.0 ** (np.arange(0, 64, 2) / 64)
-    np.testing.assert_allclose(plain / factors, expected, rtol=1e-5)
-    assert read_metadata(tmp_path / "m-F16.gguf")["llama.rope.freq_base"] == 500000.0
 
 
 def test_metadata_of_a_byte_level_vocabulary(base: Path, tmp_path: Path) -> None:
@@ -235,56 +206,22 @@ def test_truncated_and_missing_files(base: Path, tmp_path: Path) -> None:
         export_models(sharded, None, tmp_path / "out", "m", ["F16"])
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel; export writes LlamaForCausalLM"),
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, r"quantized \(bitsandbytes\)"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type=yarn"),
-        ({"hidden_act": "gelu"}, "hidden_act=gelu"),
-        ({"num_hidden_layers": "three"}, "num_hidden_layers must be a positive integer"),
-    ],
-)
-def test_what_cannot_be_written_is_said(base: Path, tmp_path: Path, config: dict[str, object], message: str) -> None:
-    with pytest.raises(MedcotError, match=message):
-        read_architecture(copy_of(base, tmp_path / "other", **config))
-
-
-def test_adapters_that_do_not_fit(base: Path, adapter: Path, tmp_path: Path) -> None:
-    wider = save_model(tmp_path / "wider", feed_forward=192)
-    shallower = save_model(tmp_path / "shallower", layers=2)
-    for other, message in (
-        (wider, "another model: its change to .* has shape"),
-        (shallower, "which the base lacks"),
-    ):
-        with pytest.raises(MedcotError, match=message):
-            export_models(other, adapter, tmp_path / "out", "m", ["F16"])
-    dora = save_adapter(tmp_path / "dora", base, use_dora=True)
-    with pytest.raises(MedcotError, match="uses use_dora"):
-        export_models(base, dora, tmp_path / "out", "m", ["F16"])
-    saved = save_adapter(tmp_path / "saved", base, modules_to_save=["lm_head"])
-    with pytest.raises(MedcotError, match="uses modules_to_save"):
-        export_models(base, saved, tmp_path / "out", "m", ["F16"])
-    with pytest.raises(MedcotError, match=r"holds no adapter_config\.json"):
-        export_models(base, tmp_path, tmp_path / "out", "m", ["F16"])
-
-
 def test_a_failure_in_the_middle_leaves_what_was_there(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "m-F16.gguf").write_bytes(b"earlier")
-    quantize, calls = export_module.quantize, 0
+    quantize, calls = stream.quantize, 0
 
-    def full_disk(rows: np.ndarray, ggml_type: object) -> np.ndarray:
+    def full_disk(rows: np.ndarray, ggml_type: object, importance: object) -> np.ndarray:
         nonlocal calls
         calls += 1
         if calls > 20:
             raise OSError(28, "No space left on device")
-        return quantize(rows, ggml_type)  # type: ignore[arg-type]
+        return quantize(rows, ggml_type, importance)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(export_module, "quantize", full_disk)
+    monkeypatch.setattr(stream, "quantize", full_disk)
     with pytest.raises(MedcotError, match="the disk is full"):
         export_models(base, None, out, "m", ["F16", "Q8_0"])
     assert {path.name: path.read_bytes() for path in out.iterdir()} == {"m-F16.gguf": b"earlier"}

@@ -1,0 +1,106 @@
+"""Export under ``--imatrix auto|none|FILE``; ``auto`` exports once to measure the matrix, then with it.
+
+The first file is a Q4_K_M made without an importance matrix. It is measured and removed before the real files are
+written, so the disk never holds both. Measuring on it instead of on a 16-bit file, three times as large, changes the
+importance matrix no more than other text does (LOG.md).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from export.ggml import IGNORES_IMPORTANCE
+from export.importance import Progress, measure_importance, training_sequences
+from export.importance_file import ImportanceMatrix, read_importance, write_importance
+from export.quant_types import file_type
+from pipeline.errors import MedcotError
+from pipeline.results import ExportedModels
+
+AUTO = "auto"
+NONE = "none"
+_MEASURED_TYPE = "Q4_K_M"
+_SCRATCH_NAME = ".imatrix"
+_SAMPLE_CASES = 1000  # more than there are
+
+
+@dataclass(frozen=True)
+class MeasuringText:
+    """Token ids to measure on, and the name of where they come from."""
+
+    sequences: list[list[int]]
+    dataset: str
+
+
+class Exporter(Protocol):
+    """``export_models`` with everything given but this."""
+
+    def __call__(
+        self,
+        out_dir: Path,
+        quantizations: Sequence[str],
+        base_quantization: str | None,
+        importance: ImportanceMatrix | None,
+    ) -> ExportedModels: ...
+
+
+def export_with_imatrix(
+    imatrix: str,
+    export: Exporter,
+    out_dir: Path,
+    name: str,
+    quantizations: Sequence[str],
+    base_quantization: str | None,
+    text: Callable[[], MeasuringText],
+    progress: Progress | None = None,
+) -> ExportedModels:
+    """Export as ``imatrix`` says: ``auto`` measures on ``text()``, ``none`` does without, anything else is a file.
+
+    What ``auto`` measured is stored as ``<name>.imatrix.gguf`` beside the files; where no wanted type has a use for
+    it, nothing is measured. The base's file is quantized with the tuned model's matrix, so that the two differ by the
+    training alone. Raises MedcotError.
+    """
+    if imatrix != AUTO:
+        importance = None if imatrix == NONE else read_importance(Path(imatrix))
+        return export(out_dir, quantizations, base_quantization, importance)
+    wanted = {file_type(each).default for each in (*quantizations, *filter(None, [base_quantization]))}
+    if wanted <= IGNORES_IMPORTANCE:
+        return export(out_dir, quantizations, base_quantization, None)
+    measured = _measure(export, out_dir / _SCRATCH_NAME, text(), progress)
+    importance = write_importance(out_dir / f"{name}.imatrix.gguf", measured)
+    return export(out_dir, quantizations, base_quantization, importance)
+
+
+def measuring_text(tokenizer: Path, records: Path | None, system: str | None = None) -> MeasuringText:
+    """Text from ``records`` (a train.jsonl of the prepare stage), else from the packaged cases.
+
+    ``tokenizer`` is the folder whose tokenizer and chat template trained.
+    """
+    from pipeline.base_model import load_chat_format
+    from pipeline.prepare import load_examples
+    from pipeline.sources import sample_examples
+
+    examples = sample_examples(_SAMPLE_CASES) if records is None else load_examples(records)
+    sequences = training_sequences(load_chat_format(tokenizer, system), examples)
+    return MeasuringText(sequences, records.name if records else "medcot's packaged cases")
+
+
+def _measure(export: Exporter, scratch: Path, text: MeasuringText, progress: Progress | None) -> ImportanceMatrix:
+    _remove(scratch)  # a killed export's
+    try:
+        first = export(scratch, [_MEASURED_TYPE], None, None)
+        return measure_importance(scratch / first.ship, text.sequences, [text.dataset], progress=progress)
+    finally:
+        _remove(scratch)
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise MedcotError(f"{folder} cannot be removed: {error.strerror}; delete it yourself.") from error
