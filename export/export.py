@@ -20,6 +20,7 @@ from export.architecture import Architecture, ModelTensor, read_architecture
 from export.base_match import base_mismatch
 from export.gguf_file import GgufPlan
 from export.importance_file import ImportanceMatrix
+from export.measured_export import export_with_imatrix, measuring_text
 from export.merged_weights import MergedWeights, WeightedAdapter
 from export.packages import write_modelfile
 from export.quant_types import file_type
@@ -35,21 +36,47 @@ Adapters = Path | WeightedAdapter | Sequence[Path | WeightedAdapter] | None
 
 
 def export(config: Config, inputs: dict[str, Path], out_dir: Path) -> ExportedModels:
-    """Stage: the trained adapter (``inputs["train"]``) and its base to GGUF files in ``out_dir``."""
+    """Stage: the trained adapter (``inputs["train"]``) and its base to GGUF files in ``out_dir``.
+
+    With ``imatrix: auto`` an importance matrix is measured on the training text (``inputs["prepare"]``).
+    """
+    from pipeline.prepare import TRAIN_FILE
+
     folder, base_weights = open_model(config.model.base, config.model.revision)
     with base_weights as weights, _progress_bar() as progress:
-        return export_models(
-            folder,
-            inputs["train"],
+
+        def write(
+            out_dir: Path,
+            quantizations: Sequence[str],
+            base_quantization: str | None,
+            importance: ImportanceMatrix | None,
+        ) -> ExportedModels:
+            return export_models(
+                folder,
+                inputs["train"],
+                out_dir,
+                config.name,
+                quantizations,
+                base_quantization,
+                progress,
+                ship=config.export.ship if config.export.ship in quantizations else None,
+                system=config.prompt.system,
+                given_as=config.model.base,
+                weights=weights,
+                importance=importance,
+            )
+
+        return export_with_imatrix(
+            config.export.imatrix,
+            write,
             out_dir,
             config.name,
             config.export.quantizations,
             config.export.ship if config.export.include_base else None,
-            progress,
-            ship=config.export.ship,
-            system=config.prompt.system,
-            given_as=config.model.base,
-            weights=weights,
+            lambda: measuring_text(
+                tokenizer_folder(folder, inputs["train"]), inputs["prepare"] / TRAIN_FILE, config.prompt.system
+            ),
+            lambda done, total: progress("importance matrix", done, total),
         )
 
 

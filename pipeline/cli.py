@@ -138,6 +138,12 @@ def plan(
     help="Also write the adapters alone as one small GGUF, for llama.cpp's --lora [alone: F32].",
 )
 @click.option("--name", default="model", show_default=True, help="Names the files: <name>-<quant>.gguf.")
+@click.option("--imatrix", default="none", show_default=True, metavar="auto|none|FILE", help="Importance matrix.")
+@click.option(
+    "--imatrix-text",
+    type=click.Path(path_type=Path),
+    help="Records to measure it on (a train.jsonl of medcot) [default: the packaged cases].",
+)
 @json_option
 def export_command(
     base: str,
@@ -147,6 +153,8 @@ def export_command(
     base_quant: str | None,
     adapter_gguf: Literal["F32", "F16"] | None,
     name: str,
+    imatrix: str,
+    imatrix_text: Path | None,
     as_json: bool,
 ) -> None:
     """Merge LoRA adapters into their base and write quantized GGUFs, in one pass.
@@ -155,7 +163,8 @@ def export_command(
     Example: medcot export --base ./base --adapter ./adapter --out ./gguf --quant Q4_K_M --quant F16
              medcot export --base ./base --adapter ./a=0.7 --adapter ./b=0.3 --out ./gguf --adapter-gguf
     """
-    from export.export import export_models, open_model
+    from export.export import export_models, open_model, tokenizer_folder
+    from export.measured_export import export_with_imatrix, measuring_text
     from export.merged_weights import parse_adapter
 
     several = [parse_adapter(adapter) for adapter in adapters]
@@ -163,16 +172,25 @@ def export_command(
         raise click.UsageError("--adapter-gguf needs an --adapter.")
     folder, base_weights = open_model(base)
     with base_weights as weights:
-        result = export_models(
-            folder,
-            several,
+        result = export_with_imatrix(
+            imatrix,
+            lambda out_dir, wanted, base_wanted, importance: export_models(
+                folder,
+                several,
+                out_dir,
+                name,
+                wanted,
+                base_wanted,
+                adapter_gguf=adapter_gguf if out_dir == out else None,
+                given_as=base,
+                weights=weights,
+                importance=importance,
+            ),
             out,
             name,
             quantizations,
             base_quant,
-            adapter_gguf=adapter_gguf,
-            given_as=base,
-            weights=weights,
+            lambda: measuring_text(tokenizer_folder(folder, several), imatrix_text),
         )
     for warning in result.warnings:
         click.echo(f"Warning: {warning}", err=True)

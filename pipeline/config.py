@@ -117,6 +117,11 @@ class TrainingConfig(Section):
 class ExportConfig(Section):
     quantizations: tuple[str, ...] = Field(("F16", "Q4_K_M"), min_length=1, description="GGUF types to write.")
     ship: str = Field("Q4_K_M", description="The quantization to chat with and to evaluate; one of the above.")
+    imatrix: str = Field(
+        "auto",
+        min_length=1,
+        description="Importance matrix: auto (measured on the training text), none, or a file of llama-imatrix.",
+    )
     include_base: bool = Field(
         True, description="Also write the base without the adapter in the shipped type: the fair comparison."
     )

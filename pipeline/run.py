@@ -34,6 +34,7 @@ from pipeline.artifacts import (
     fingerprint,
     package_versions,
     read_manifest,
+    sha256_file,
     write_json,
     write_text,
 )
@@ -98,7 +99,7 @@ STAGES = (
         name="export",
         function="export.export:export",
         folder="gguf",
-        inputs=("train",),
+        inputs=("prepare", "train"),
         settings=("name", "export", *_BASE),
         packages=("gguf", "llama-cpp-python"),
         result=results.ExportedModels,
@@ -238,6 +239,10 @@ def stage_config(stage: Stage, config: Config) -> dict[str, Any]:
         picked["base"] = base_identity(config.model.base, config.model.revision)
     if "data" in picked:
         picked["records"] = source_identity(config.data)
+    if "export" in picked:
+        # Its content, not its name; training text is an input of the stage.
+        matrix = Path(config.export.imatrix)
+        picked["imatrix"] = sha256_file(matrix) if matrix.is_file() else None
     return picked
 
 

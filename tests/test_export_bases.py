@@ -60,6 +60,11 @@ def test_a_base_on_the_hub_gives_the_same_files(tmp_path: Path, monkeypatch: pyt
         folder, weights = open_model("someone/base")
         with weights:
             export_models(folder, adapter, tmp_path / "streamed", "m", ["F16", "Q4_K_M"], weights=weights)
+            # A second pass over the same base, as for an importance matrix, fetches the shards again.
+            export_models(folder, adapter, tmp_path / "again", "m", ["F16"], weights=weights)
+            assert (tmp_path / "again" / "m-F16.gguf").read_bytes() == (
+                tmp_path / "streamed" / "m-F16.gguf"
+            ).read_bytes()
         assert tensor_files(tmp_path / "streamed") == tensor_files(tmp_path / "local")
         assert not list((tmp_path / "cache").rglob("*.safetensors")), "no shard in the hub's cache"
         assert [path.name for path in (tmp_path / "scratch").rglob("*")] == ["shards", "someone--base.lock"]
