@@ -43,6 +43,7 @@ _CUDA_HOST_BYTES = 5 * GIBIBYTE
 # the slope of the same table, at 8B and at 70B.
 _LAYER_BYTES = 11.5
 _DOWNLOAD_BYTES_PER_SECOND = 50e6
+_IMATRIX_TOKENS = 4096  # export/importance.py measures on as many
 
 _16_BIT_TYPES = ("F32", "F16", "BF16")
 
@@ -190,6 +191,9 @@ class Estimator:
         export = self.config.export
         files = [*export.quantizations, *([export.ship] if export.include_base else [])]
         seconds = sum(self._quantizing_seconds(name) for name in files)
+        if export.imatrix == "auto":
+            measuring = 1.15 * 2 * self.size.parameters * _IMATRIX_TOKENS / (self.cpu_flops * _CPU_PROMPT)
+            seconds += self._quantizing_seconds("Q4_K_M") + self.size.parameters * 2 / 1e9 + measuring
         return StageEstimate(
             stage="export",
             seconds=3 + self.size.parameters * 2 / 1e9 + seconds,
@@ -268,8 +272,8 @@ class Estimator:
         return self.size.trained(self.config.lora) * (4 + 4 + moments)
 
     def _base_bytes(self) -> float:
-        """What has to be downloaded: the 16-bit base, unless it is here already."""
-        return 0.0 if self.base_is_here else self.size.parameters * 2.0
+        """What has to be downloaded, unless it is here already: the base as its repository holds it."""
+        return 0.0 if self.base_is_here else self.size.weight_bytes(self.size.stored_in_4bit, 2)
 
     def _quantizing_seconds(self, quantization: str) -> float:
         kind = "copy" if quantization in _16_BIT_TYPES else "K" if self.size.hidden % 256 == 0 else "legacy"

@@ -29,6 +29,7 @@ class ModelSize:
     feed_forward: int
     vocabulary: int
     tied: bool
+    stored_in_4bit: bool
     projections: Mapping[str, tuple[int, int]]
 
     @classmethod
@@ -77,6 +78,7 @@ class ModelSize:
         linear = layers * sum(rows * columns for rows, columns in projections.values())
         embedding = vocabulary * hidden * (1 if tied else 2)
         norms = layers * 2 * hidden + hidden
+        quantization = config.get("quantization_config")
         return cls(
             parameters=linear + embedding + norms + layers * biases,
             linear=linear,
@@ -86,6 +88,7 @@ class ModelSize:
             feed_forward=feed_forward,
             vocabulary=vocabulary,
             tied=tied,
+            stored_in_4bit=isinstance(quantization, dict) and bool(quantization.get("load_in_4bit")),
             projections=projections,
         )
 
