@@ -1,6 +1,6 @@
-"""From the stages' measurements to one HTML and one Markdown file. No stage imports this module.
+"""From the stages' measurements to one HTML and one Markdown file and a model card. No stage imports this module.
 
-Only manifests are read (``pipeline/results.py`` says what is in them). Both files render one ``Page``, so
+Only manifests are read (``pipeline/results.py`` says what is in them). All files render one ``Page``, so
 they cannot say different things; a stage without a finished artifact is named as such.
 """
 
@@ -8,128 +8,40 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import jinja2
-from pydantic import BaseModel
 
 from bench.charts import describe_lengths, describe_loss, length_histograms, loss_curve
-from bench.statistics import percentile
-from pipeline.artifacts import Artifact, write_text
+from bench.model_card import model_card
+from bench.page import STAGES, Line, Page, Run, Section, Table, Tone, byte_size, duration, percent, render, spread
+from pipeline.artifacts import write_text
 from pipeline.config import Config
-from pipeline.errors import MedcotError
 from pipeline.results import (
     Benchmark,
     Estimate,
     Evaluation,
     ExportedFile,
     ExportedModels,
+    FileComparison,
     ModelEvaluation,
     PreparedData,
     Report,
-    Sample,
     Speed,
     TrainedAdapter,
     Verification,
 )
 
-STAGES: dict[str, type[BaseModel]] = {
-    "prepare": PreparedData,
-    "train": TrainedAdapter,
-    "export": ExportedModels,
-    "verify": Verification,
-    "evaluate": Evaluation,
-    "bench": Benchmark,
-}
-TEMPLATES = Path(__file__).resolve().parent / "templates"
-Tone = Literal["good", "bad", "neutral"]
-
-
-@dataclass(frozen=True)
-class Line:
-    """One sentence of the decision and how it is meant."""
-
-    text: str
-    tone: Tone = "neutral"
-
-
-@dataclass(frozen=True)
-class Table:
-    """``align`` has a letter a column, l or r; every row has as many cells as ``header``."""
-
-    header: tuple[str, ...]
-    align: str
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Section:
-    title: str
-    text: tuple[str, ...] = ()
-    tables: tuple[Table, ...] = ()
-    chart: str | None = None
-    chart_text: str = ""
-    samples: tuple[Sample, ...] = ()
-    code: str | None = None
-
-
-@dataclass(frozen=True)
-class Page:
-    name: str
-    decision: tuple[Line, ...]
-    disclaimer: str
-    sections: tuple[Section, ...]
-
-
-class Run:
-    """A run's finished artifacts by stage; ``missing`` gives a sentence for each stage that has none."""
-
-    def __init__(self, inputs: dict[str, Path]) -> None:
-        self.artifacts: dict[str, Artifact[Any]] = {}
-        self.missing: dict[str, str] = {}
-        for stage, result_type in STAGES.items():
-            if stage not in inputs:
-                self.missing[stage] = "not part of this run"
-                continue
-            try:
-                self.artifacts[stage] = Artifact.load(inputs[stage], result_type)
-            except MedcotError as error:
-                exists = inputs[stage].is_dir() and any(inputs[stage].iterdir())
-                self.missing[stage] = f"unfinished or failed: {error}" if exists else "not done yet"
-        self.prepared: PreparedData | None = self._result("prepare")
-        self.trained: TrainedAdapter | None = self._result("train")
-        self.exported: ExportedModels | None = self._result("export")
-        self.verified: Verification | None = self._result("verify")
-        self.evaluated: Evaluation | None = self._result("evaluate")
-        self.benchmarked: Benchmark | None = self._result("bench")
-
-    def _result(self, stage: str) -> Any:
-        artifact = self.artifacts.get(stage)
-        return None if artifact is None else artifact.result
+CARD_NAME = "MODEL_CARD.md"
 
 
 def report(config: Config, inputs: dict[str, Path], out_dir: Path) -> Report:
-    """The stage: ``report.html`` (self-contained, works offline) and ``report.md``."""
-    page = build_page(config, Run(inputs))
+    """The stage: ``report.html`` (self-contained, works offline), ``report.md`` and ``MODEL_CARD.md``."""
+    run = Run(inputs)
+    page = build_page(config, run)
+    texts = {name: render(f"{name}.j2", page=page) for name in ("report.html", "report.md")}
+    texts[CARD_NAME] = model_card(config, run, page)
     out_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("report.html", "report.md"):
-        write_text(out_dir / name, render(page, f"{name}.j2"))
-    return Report(files=["report.html", "report.md"])
-
-
-def render(page: Page, template: str) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=template.endswith(".html.j2"),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-    )
-    environment.filters["cell"] = _markdown_cell
-    environment.filters["fenced"] = _fenced
-    return environment.get_template(template).render(page=page)
+    for name, text in texts.items():
+        write_text(out_dir / name, text)
+    return Report(files=list(texts))
 
 
 def build_page(config: Config, run: Run) -> Page:
@@ -162,7 +74,7 @@ def _which_file(run: Run) -> Line:
     if run.exported is None:
         return Line("There is no GGUF yet: the export stage has not finished.", "bad")
     shipped = next(file for file in run.exported.files if file.name == run.exported.ship)
-    size = f"{shipped.quantization}, {_bytes(shipped.size_bytes)}, {shipped.bits_per_weight:.2f} bits per weight"
+    size = f"{shipped.quantization}, {byte_size(shipped.size_bytes)}, {shipped.bits_per_weight:.2f} bits per weight"
     if run.verified is not None and not run.verified.passed:
         return Line(f"Do not use {shipped.name} ({size}) before the failed checks below are understood.", "bad")
     return Line(f"Use {shipped.name} ({size}).", "good")
@@ -176,7 +88,7 @@ def _is_verified(run: Run) -> Line:
         return Line(f"Verification failed: {', '.join(failed) or 'see below'}.", "bad")
     return Line(
         f"Verified: all {len(run.verified.checks)} checks passed; the most likely next token agrees with the "
-        f"trained model at {_percent(run.verified.top1_agreement)} of {run.verified.positions:,} positions.",
+        f"trained model at {percent(run.verified.top1_agreement)} of {run.verified.positions:,} positions.",
         "good",
     )
 
@@ -217,7 +129,7 @@ class Metric:
 
     def show(self, estimate: Estimate) -> str:
         if self.is_rate:
-            return f"{_percent(estimate.value)} ({_percent(estimate.low)} to {_percent(estimate.high)})"
+            return f"{percent(estimate.value)} ({percent(estimate.low)} to {percent(estimate.high)})"
         return f"{estimate.value:.2f} ({estimate.low:.2f} to {estimate.high:.2f})"
 
 
@@ -262,7 +174,7 @@ def _files_section(exported: ExportedModels | None) -> Section | None:
             file.name,
             purpose,
             file.quantization,
-            _bytes(file.size_bytes),
+            byte_size(file.size_bytes),
             f"{file.bits_per_weight:.2f}",
             types,
         )
@@ -331,7 +243,37 @@ def _verification_section(verification: Verification | None) -> Section | None:
     if verification is None:
         return None
     rows = tuple((check.name, "passed" if check.passed else "FAILED", check.detail) for check in verification.checks)
-    return Section("Verification", tables=(Table(("Check", "Result", "What was found"), "lll", rows),))
+    checks = Table(("Check", "Result", "What was found"), "lll", rows)
+    predictions = (_predictions_table(verification.files),) if verification.files else ()
+    return Section("Verification", tables=(*predictions, checks))
+
+
+def _predictions_table(files: list[FileComparison]) -> Table:
+    def row(file: FileComparison) -> tuple[str, ...]:
+        return (
+            file.name,
+            file.quantization,
+            file.reference,
+            f"{file.mean_kl:.2g}",
+            "" if file.max_mean_kl is None else f"{file.max_mean_kl:.2g}",
+            f"{file.p99_kl:.2g}",
+            percent(file.top1_agreement),
+            percent(file.min_top1),
+            f"{file.positions:,}",
+            "" if file.tensor_error is None else f"{file.worst_tensor}: {file.tensor_error:.2g}",
+        )
+
+    header = (
+        "File", "Type", "Compared with", "Mean KL", "Limit", "99th percentile", "Same likeliest token", "Limit",
+        "Positions", "Weights farthest off",
+    )  # fmt: skip
+    note = (
+        "Predictions of the next token on held-out conversations. KL is the Kullback-Leibler divergence from what the "
+        "file is compared with (nats a token), 0 for equal predictions; files without quantization have a limit on the "
+        "squared error of their logits instead, among the checks. Weights: the tensor nearest to its limit, its "
+        "root-mean-square error as a share of its size."
+    )
+    return Table(header, "lllrrrrrrl", tuple(map(row, files)), note)
 
 
 def _speed_section(benchmark: Benchmark | None) -> Section | None:
@@ -342,12 +284,12 @@ def _speed_section(benchmark: Benchmark | None) -> Section | None:
         return (
             speed.model,
             f"{speed.engine}, {speed.weights}",
-            "" if speed.file_bytes is None else _bytes(speed.file_bytes),
-            _bytes(speed.peak_memory_bytes),
+            "" if speed.file_bytes is None else byte_size(speed.file_bytes),
+            byte_size(speed.peak_memory_bytes),
             f"{speed.load_seconds:.2f}",
-            _spread(speed.prompt_tokens_per_second, 0),
-            _spread(speed.generated_tokens_per_second, 1),
-            _spread(speed.time_to_first_token_seconds, 2),
+            spread(speed.prompt_tokens_per_second, 0),
+            spread(speed.generated_tokens_per_second, 1),
+            spread(speed.time_to_first_token_seconds, 2),
         )
 
     first = benchmark.models[0] if benchmark.models else None
@@ -384,12 +326,12 @@ def _training_section(trained: TrainedAdapter | None) -> Section | None:
         ),
         (
             "Steps",
-            f"{trained.steps} in {_duration(trained.train_seconds)}, {trained.tokens_per_second:.0f} tokens/s",
+            f"{trained.steps} in {duration(trained.train_seconds)}, {trained.tokens_per_second:.0f} tokens/s",
         ),
         (
             "Held-out loss",
             f"{trained.eval_loss_before:.3f} before, {trained.eval_loss_after:.3f} after "
-            f"({_percent(abs(change))} {'lower' if change >= 0 else 'higher'})",
+            f"({percent(abs(change))} {'lower' if change >= 0 else 'higher'})",
         ),
     )
     if trained.resumed_from_step is not None:
@@ -437,11 +379,11 @@ def _data_section(data: PreparedData | None) -> Section | None:
 def _leakage_sentence(data: PreparedData) -> str:
     leakage = data.leakage
     found = (
-        f"{leakage.leaking_records:,} training records held at least {_percent(leakage.overlap)} of the 8-grams of "
+        f"{leakage.leaking_records:,} training records held at least {percent(leakage.overlap)} of the 8-grams of "
         f"{leakage.held_out_given_away:,} held-out ones"
     )
     if leakage.leaking_records == 0:
-        found = f"No training record held {_percent(leakage.overlap)} of a held-out record's 8-grams"
+        found = f"No training record held {percent(leakage.overlap)} of a held-out record's 8-grams"
     elif leakage.policy == "drop":
         found += " and were left out"
     else:
@@ -472,9 +414,9 @@ def _stages_section(run: Run) -> Section:
         return (
             stage,
             "done",
-            _duration(manifest.seconds),
-            _bytes(manifest.peak_memory_bytes),
-            f"{len(manifest.files)} {'file' if len(manifest.files) == 1 else 'files'}, {_bytes(size)}",
+            duration(manifest.seconds),
+            byte_size(manifest.peak_memory_bytes),
+            f"{len(manifest.files)} {'file' if len(manifest.files) == 1 else 'files'}, {byte_size(size)}",
         )
 
     header = ("Stage", "State", "Time", "Peak memory", "Artifact")
@@ -509,47 +451,3 @@ def _disclaimer(config: Config) -> str:
     if config.data.source == "sample":
         text += " The cases are synthetic and no clinician has reviewed them."
     return text
-
-
-def _bytes(count: int) -> str:
-    """Decimal units, as disks and downloads are counted."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            value = count / size
-            return f"{value:.2f} {unit}" if value < 10 else f"{value:,.0f} {unit}"
-    return f"{count} bytes"
-
-
-def _percent(share: float) -> str:
-    """Whole percent, except close to the ends, where rounding would claim all or nothing."""
-    text = f"{100 * share:.0f} %"
-    return f"{100 * share:.1f} %" if text in ("0 %", "100 %") and share not in (0.0, 1.0) else text
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _spread(values: list[float], digits: int) -> str:
-    if not values:
-        return ""
-    median = percentile(values, 0.5)
-    return f"{median:,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
-
-
-def _markdown_cell(text: str) -> str:
-    """Text inside a Markdown table or sentence: no cell border, no line break, no markup of its own."""
-    for character in "\\`*_<>[]|":
-        text = text.replace(character, f"\\{character}")
-    return " ".join(text.split())
-
-
-def _fenced(text: str) -> str:
-    """Text as a Markdown code block whose fence is longer than any run of backticks inside."""
-    fence = "```"
-    while fence in text:
-        fence += "`"
-    return f"{fence}text\n{text}\n{fence}"

@@ -1,6 +1,6 @@
 """What makes a GGUF usable elsewhere: an Ollama Modelfile beside it.
 
-Format: https://github.com/ollama/ollama/blob/main/docs/modelfile.md
+Format: https://docs.ollama.com/modelfile
 """
 
 from __future__ import annotations
@@ -10,57 +10,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gguf import TokenType
+
+from export.ollama_template import TurnTexts, go_template, is_plain, turn_texts
 from export.tokenizer_metadata import Vocabulary
 from pipeline.artifacts import write_text
 from pipeline.errors import MedcotError
 from pipeline.prompts import ChatFormat
 
-
-@dataclass(frozen=True)
-class OllamaFormat:
-    """One family of chat templates in Ollama's terms. ``marks`` are what its Jinja template must contain."""
-
-    marks: tuple[str, ...]
-    template: str
-    stop: tuple[str, ...]
-    parameters: tuple[tuple[str, str], ...] = ()
-
-
-# R1's sampling is DeepSeek's advice; greedy decoding makes it repeat itself. Ollama itself puts BOS in front.
-_FORMATS = (
-    OllamaFormat(
-        marks=("<｜User｜>", "<｜Assistant｜>"),
-        template=(
-            "{{- if .System }}{{ .System }}{{ end }}"
-            "{{- range $index, $message := .Messages }}"
-            '{{- if eq .Role "user" }}<｜User｜>{{ .Content }}'
-            '{{- else if eq .Role "assistant" }}<｜Assistant｜>{{ .Content }}<｜end▁of▁sentence｜>{{ end }}'
-            "{{- if and (eq (len (slice $.Messages $index)) 1) "
-            '(ne .Role "assistant") }}<｜Assistant｜><think>\n{{ end }}{{ end }}'
-        ),
-        stop=("<｜end▁of▁sentence｜>", "<｜User｜>"),
-        parameters=(("temperature", "0.6"), ("top_p", "0.95")),
-    ),
-    OllamaFormat(
-        marks=("<|im_start|>", "<|im_end|>"),
-        template=(
-            "{{- if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n{{ end }}"
-            "{{- range .Messages }}"
-            '{{- if ne .Role "system" }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}'
-            "{{- end }}<|im_start|>assistant\n"
-        ),
-        stop=("<|im_end|>", "<|im_start|>"),
-    ),
-    OllamaFormat(
-        marks=("<|user|>", "<|assistant|>", "eos_token"),
-        template=(
-            "{{- if .System }}<|system|>\n{{ .System }}</s>\n{{ end }}"
-            "{{- range .Messages }}"
-            '{{- if ne .Role "system" }}<|{{ .Role }}|>\n{{ .Content }}</s>\n{{ end }}'
-            "{{- end }}<|assistant|>\n"
-        ),
-        stop=("</s>", "<|user|>", "<|system|>"),
-    ),
+# Tokens: several turns with their thoughts. The model's own context may be 131,072, for which an 8B model's keys and
+# values take 17 GB; 8,192 take 1 GB.
+LONGEST_CONTEXT = 8192
+# R1 repeats itself under greedy decoding: https://huggingface.co/deepseek-ai/DeepSeek-R1-Distill-Llama-8B
+_R1_MARKS = ("<｜Assistant｜>", "<think>")
+_R1_SAMPLING = ("PARAMETER temperature 0.6", "PARAMETER top_p 0.95")
+_NO_TEMPLATE = (
+    "# The chat template does more than a TEMPLATE of Ollama's can say, so there is none here. Ollama reads the GGUF's",
+    "# own template only in part: it takes one of its own that resembles it, or else sends the bare question, without",
+    "# marks of turns. Write a TEMPLATE before you rely on the answers, or use medcot chat or llama.cpp.",
 )
 
 
@@ -77,35 +44,75 @@ class _SpecialTexts:
         raise NotImplementedError("rendering needs no tokens")
 
 
-def write_modelfile(path: Path, gguf_name: str, vocabulary: Vocabulary, system: str | None = None) -> None:
+def write_modelfile(
+    path: Path, gguf_name: str, vocabulary: Vocabulary, system: str | None = None, context: int | None = None
+) -> None:
     """Write the Modelfile for ``gguf_name`` beside it, for ``ollama create NAME -f Modelfile``.
 
-    An unknown chat template is left to Ollama, which then guesses from the GGUF's own; the file says so.
+    ``system`` is the prompt that the model was trained with, ``context`` the tokens it can attend to. A chat template
+    that Ollama's own kind cannot express is left out, and the file says what that means.
     """
+    chat = _chat_format(vocabulary)
+    turns = _turns(chat, vocabulary)
     lines = [f"FROM ./{gguf_name}"]
-    known = next((each for each in _FORMATS if all(mark in vocabulary.chat_template for mark in each.marks)), None)
-    if known is None:
-        lines.append("# The chat template is of no known family; Ollama uses the one inside the GGUF as far as it can.")
+    if turns is None or (system and turns.before_system is None):
+        lines += _NO_TEMPLATE
+        if system:
+            lines.append("# The system prompt of the training is not here either.")
     else:
-        lines.append(f'TEMPLATE """{known.template}"""')
-    system = system if system is not None else _default_system(vocabulary)
-    if system:
-        lines.append(f'SYSTEM """{system}"""')
-    stop = known.stop if known else (vocabulary.tokens[vocabulary.special_ids["eos"]],)
-    lines += [f'PARAMETER stop "{text}"' for text in stop]
-    lines += [f"PARAMETER {key} {value}" for key, value in (known.parameters if known else ())]
+        if turns.before_system is None:
+            lines.append("# The chat template has no place for a system prompt: Ollama leaves one out.")
+        if system and not is_plain(system):
+            lines.append("# The system prompt is inside TEMPLATE: SYSTEM cannot hold its characters.")
+            turns = turns.with_default_system(system)
+        lines.append(f'TEMPLATE """{go_template(turns)}"""')
+        if system and is_plain(system):
+            lines.append(f'SYSTEM """{system}"""')
+    lines += [f'PARAMETER stop "{text}"' for text in _stops(chat, vocabulary, turns)]
+    if context is not None:
+        lines.append(f"PARAMETER num_ctx {min(context, LONGEST_CONTEXT)}")
+    if all(mark in vocabulary.chat_template for mark in _R1_MARKS):
+        lines += _R1_SAMPLING
     write_text(path, "\n".join(lines) + "\n")
 
 
-def _default_system(vocabulary: Vocabulary) -> str | None:
-    """The system prompt that a ChatML template writes where a conversation has none (SmolLM2's does)."""
+def _chat_format(vocabulary: Vocabulary) -> ChatFormat | None:
+    """The chat template in the hands of its vocabulary; None where it is not even valid Jinja."""
     bos = vocabulary.special_ids.get("bos")
+    control = (TokenType.CONTROL, TokenType.USER_DEFINED)
+    kinds = zip(vocabulary.tokens, vocabulary.types, strict=True)
     texts = _SpecialTexts(
-        vocabulary.tokens[bos] if bos is not None else None, vocabulary.tokens[vocabulary.special_ids["eos"]]
+        vocabulary.tokens[bos] if bos is not None else None,
+        vocabulary.tokens[vocabulary.special_ids["eos"]],
+        vocabulary.add_bos,
+        {token: index for index, (token, kind) in enumerate(kinds) if kind in control and token.strip()},
     )
     try:
-        rendered = ChatFormat(vocabulary.chat_template, texts).render([{"role": "user", "content": "x"}])
+        return ChatFormat(vocabulary.chat_template, texts)
     except MedcotError:
         return None
-    match = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>\n", rendered, re.DOTALL)
-    return match[1] if match else None
+
+
+def _turns(chat: ChatFormat | None, vocabulary: Vocabulary) -> TurnTexts | None:
+    if chat is None:
+        return None
+    try:
+        turns = turn_texts(chat.chat_template)
+    except MedcotError:
+        return None
+    bos = chat.vocabulary.bos_token
+    return turns.without_bos(bos) if turns is not None and bos and vocabulary.add_bos else turns
+
+
+def _stops(chat: ChatFormat | None, vocabulary: Vocabulary, turns: TurnTexts | None) -> list[str]:
+    """What ends the model's turn: the template's own end, the vocabulary's, and a question it writes by itself."""
+    eos = vocabulary.tokens[vocabulary.special_ids["eos"]]
+    try:
+        end = chat.end_of_turn if chat is not None else eos
+    except MedcotError:
+        end = eos
+    # Only a mark such as <|user|> or [INST]: ordinary words would cut an answer short.
+    behind = "" if turns is None else turns.after_answer.strip().removeprefix(end).strip()
+    bos = None if chat is None else chat.vocabulary.bos_token
+    asks = re.match(r"[<\[]\S+", behind.removeprefix(bos or ""))
+    return list(dict.fromkeys([end, eos, *([asks[0]] if asks else [])]))

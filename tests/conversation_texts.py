@@ -85,11 +85,11 @@ def real_model(name: str) -> Model:
 
 
 def with_any_text(property_: Callable[..., None], **texts: st.SearchStrategy) -> tuple[Callable[..., None], ...]:
-    """The property as a test of some dozens of examples, and of thousands under the marker fuzz."""
+    """The property as a test of some dozens of examples, and of hundreds a model under the marker fuzz."""
 
     def test(examples: int) -> Callable[..., None]:
         allowed = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.filter_too_much]
         profile = settings(max_examples=examples, deadline=None, suppress_health_check=allowed)
         return profile(given(**texts)(property_))
 
-    return test(50), pytest.mark.fuzz(test(3000))
+    return test(50), pytest.mark.fuzz(test(300))

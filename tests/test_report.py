@@ -7,6 +7,7 @@ import pytest
 from pydantic import BaseModel
 
 from bench import report
+from bench.page import byte_size, percent
 from pipeline.artifacts import FileRecord, Manifest, write_manifest
 from pipeline.config import Config
 from pipeline.results import (
@@ -17,6 +18,7 @@ from pipeline.results import (
     Evaluation,
     ExportedFile,
     ExportedModels,
+    FileComparison,
     Histogram,
     Leakage,
     LossPoint,
@@ -141,6 +143,32 @@ def measurements() -> dict[str, BaseModel]:
             top1_agreement=0.9992,
             positions=1204,
             passed=True,
+            files=[
+                FileComparison(
+                    name="run-F16.gguf",
+                    quantization="F16",
+                    reference="base + adapter in 32 bit",
+                    positions=1204,
+                    mean_kl=1.2e-6,
+                    p99_kl=9e-6,
+                    top1_agreement=0.9992,
+                    max_mean_kl=None,
+                    min_top1=0.995,
+                ),
+                FileComparison(
+                    name=TUNED,
+                    quantization="Q4_K_M",
+                    reference="run-F16.gguf",
+                    positions=1204,
+                    mean_kl=0.0492,
+                    p99_kl=0.343,
+                    top1_agreement=0.8736,
+                    max_mean_kl=0.18,
+                    min_top1=0.726,
+                    worst_tensor="blk.23.attn_v.weight (Q5_0)",
+                    tensor_error=0.0511,
+                ),
+            ],
         ),
         "evaluate": Evaluation(
             models=[
@@ -222,8 +250,8 @@ class Page(HTMLParser):
 
 def write_report(tmp_path: Path, results: dict[str, BaseModel], config: Config | None = None) -> tuple[str, str]:
     made = report.report(config or Config(name="run"), make_run(tmp_path, results), tmp_path / "report")
-    assert made.files == ["report.html", "report.md"]
-    html, markdown = ((tmp_path / "report" / name).read_text(encoding="utf-8") for name in made.files)
+    assert made.files == ["report.html", "report.md", "MODEL_CARD.md"]
+    html, markdown, _ = ((tmp_path / "report" / name).read_text(encoding="utf-8") for name in made.files)
     return html, markdown
 
 
@@ -329,6 +357,26 @@ def test_data_without_reasoning_has_no_verdict_on_thoughts(tmp_path: Path) -> No
     assert "One closed thought" not in Page(write_report(tmp_path, results)[0]).text
 
 
+def test_every_files_distance_from_the_trained_model_is_shown_with_its_limit(tmp_path: Path) -> None:
+    html, markdown = write_report(tmp_path, measurements())
+    rows = [line.replace("\\", "") for line in markdown.splitlines() if "base + adapter in 32 bit" in line]
+    assert [cell.strip() for cell in rows[0].strip("|").split("|")] == [
+        "run-F16.gguf", "F16", "base + adapter in 32 bit", "1.2e-06", "", "9e-06", "99.9 %", "99.5 %", "1,204", "",
+    ]  # fmt: skip
+    text = Page(html).text
+    figures = "run-F16.gguf 0.049 0.18 0.34 87 % 73 % 1,204 blk.23.attn_v.weight (Q5_0): 0.051"
+    assert figures in re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", html))
+    assert "Kullback-Leibler" in text
+
+
+def test_a_failed_load_leaves_no_empty_table(tmp_path: Path) -> None:
+    results = measurements()
+    failed = Check(name="loads", passed=False, detail="it is truncated")
+    results["verify"] = Verification(checks=[failed], logit_nmse=1.0, top1_agreement=0.0, positions=0, passed=False)
+    text = Page(write_report(tmp_path, results)[0]).text
+    assert "it is truncated" in text and "Same likeliest token" not in text
+
+
 def test_markdown_tables_keep_their_columns(tmp_path: Path) -> None:
     results = measurements()
     results["verify"] = Verification(
@@ -367,7 +415,7 @@ def test_only_the_sample_is_called_synthetic(tmp_path: Path) -> None:
     ("share", "text"), [(0.0, "0 %"), (0.004, "0.4 %"), (0.5, "50 %"), (0.9992, "99.9 %"), (1.0, "100 %")]
 )
 def test_percentages_never_claim_all_or_nothing(share: float, text: str) -> None:
-    assert report._percent(share) == text
+    assert percent(share) == text
 
 
 @pytest.mark.parametrize(
@@ -375,4 +423,4 @@ def test_percentages_never_claim_all_or_nothing(share: float, text: str) -> None
     [(12, "12 bytes"), (1500, "1.50 kB"), (105_454_432, "105 MB"), (4_920_000_000, "4.92 GB")],
 )
 def test_sizes_are_decimal(count: int, text: str) -> None:
-    assert report._bytes(count) == text
+    assert byte_size(count) == text
