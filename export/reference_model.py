@@ -8,6 +8,7 @@ An 8B model takes some 5 GB of memory of its own instead of 32 (LOG.md, 2026-11-
 from __future__ import annotations
 
 import json
+import re
 import types
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,11 @@ def load_reference(base: Path, adapter: Path | None) -> Any:
     if adapter:
         from peft import PeftModel
 
+        rows = _embedding_rows(adapter)
+        if rows is not None and rows != model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(rows, mean_resizing=False)
+            for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+                module.float()  # peft loads the adapter's into these, in their type
         # peft loads a module that was trained whole into a copy of the base's, in that one's type.
         whole = tuple(settings.get("modules_to_save") or ())
         for name, module in model.named_modules():
@@ -75,6 +81,22 @@ def _widened_4bit_linear(self: Any, values: Any) -> Any:
 
 def _widened_output(module: Any, inputs: Any, output: Any) -> Any:
     return output.float()
+
+
+def _embedding_rows(adapter: Path) -> int | None:
+    """The number of tokens of an adapter that was saved with whole embeddings, as one with added tokens is."""
+    from safetensors import safe_open
+
+    path = adapter / "adapter_model.safetensors"
+    if not path.is_file():
+        return None
+    with safe_open(path, "numpy") as file:
+        whole = [
+            name
+            for name in file.keys()  # noqa: SIM118 - this file is no mapping
+            if name.endswith(".weight") and "lora_" not in name and re.search(r"\.(embed_tokens|lm_head)\.", name)
+        ]
+        return file.get_slice(whole[0]).get_shape()[0] if whole else None
 
 
 def _adapter_settings(adapter: Path | None) -> dict[str, Any]:

@@ -1,92 +1,99 @@
-"""Proof that a GGUF says what the trained model says: vocabulary, template and logits, side by side.
+"""Proof that GGUFs say what the trained model says: vocabulary, template, logits and weights, side by side.
 
     medcot verify GGUF --base BASE --adapter DIR
 
-The reference is what trained: the Hugging Face tokenizer, and base + adapter in 32 bit under transformers and
-peft. The GGUF is loaded in a child process, because libllama aborts the process on some broken files.
+The reference is what trained: the Hugging Face tokenizer, and base + adapter in 32 bit under transformers and peft
+(``export/verify_reference.py``). The most exact file of an export is compared with it; the others, the quantized
+ones, with that file. Every GGUF is loaded in a child process (``export/verify_child.py``).
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-from gguf import LlamaFileType
-
-from export.export import tokenizer_folder
-from export.stress_corpus import STRESS_TEXTS, control_token_texts
-from export.verify_probe import (
-    ANSWER_NAME,
-    REQUEST_NAME,
-    Answer,
-    Conversation,
-    ReferenceExample,
-    Request,
-    VocabularyView,
-    logits_path,
-    vocabulary_view,
+from export.stress_corpus import STRESS_TEXTS
+from export.verify_child import ask
+from export.verify_limits import LogitLimits, limits_of, type_name
+from export.verify_logits import LogitComparison, Logits, load_logits, mean_kl
+from export.verify_predictions import (
+    Distances,
+    Ending,
+    Role,
+    adapter_check,
+    end_of_turn_check,
+    logit_checks,
 )
+from export.verify_probe import Answer, Request, VocabularyView, logits_path
+from export.verify_reference import Reference
+from export.verify_tensors import TensorErrors, compare_tensors
+from export.verify_vocabulary import vocabulary_checks
 from pipeline.artifacts import Artifact, write_json
 from pipeline.config import Config, VerifyConfig
 from pipeline.errors import GateFailed, MedcotError
-from pipeline.prompts import ChatFormat, Example
-from pipeline.results import Check, ExportedModels, Verification
+from pipeline.prompts import Example
+from pipeline.results import Check, ExportedModels, FileComparison, Verification
 
 RESULT_NAME = "verification.json"
-# Longest conversation whose logits are compared (tokens): 512 x 128,256 logits are 263 MB of temporary disk.
-_MAX_POSITIONS = 512
-_PROBE_TIMEOUT_SECONDS = 3600
-_SHOWN_IDS = 8
-_WITHOUT_LOSS = {LlamaFileType.ALL_F32, LlamaFileType.MOSTLY_F16, LlamaFileType.MOSTLY_BF16}
+_TRAINED_RECORDS = 1000  # of the training set, whose ids are compared: some seconds a file
 
 
 @dataclass(frozen=True)
-class LogitLimits:
-    max_nmse: float
-    min_top1: float
+class File:
+    """A GGUF to verify; ``role`` base says that the adapter must not be in it."""
 
-
-# Quantized files against the 32-bit model. Set from SmolLM2-135M (the smallest model we ship, so the one that
-# quantization hurts most) with room above what was measured; a broken export is far beyond any of them.
-_QUANTIZED_LIMITS = {
-    LlamaFileType.MOSTLY_Q8_0: LogitLimits(0.01, 0.95),
-    LlamaFileType.MOSTLY_Q6_K: LogitLimits(0.01, 0.95),
-    LlamaFileType.MOSTLY_Q5_K_M: LogitLimits(0.02, 0.90),
-    LlamaFileType.MOSTLY_Q5_K_S: LogitLimits(0.02, 0.90),
-    LlamaFileType.MOSTLY_Q4_K_M: LogitLimits(0.05, 0.85),
-    LlamaFileType.MOSTLY_Q4_K_S: LogitLimits(0.05, 0.85),
-}
-_COARSE_LIMITS = LogitLimits(0.2, 0.6)
+    path: Path
+    role: Role = "tuned"
 
 
 def verify(config: Config, inputs: dict[str, Path], out_dir: Path) -> Verification:
-    """Stage: compare the exported files with base + adapter, write verification.json, or raise GateFailed.
-
-    Logits are compared for the most exact tuned file; vocabulary and template for every file.
-    """
+    """Stage: compare the exported files with base + adapter, write verification.json, or raise GateFailed."""
     from pipeline.base_model import local_base
-    from pipeline.prepare import EVAL_FILE, load_examples
+    from pipeline.prepare import EVAL_FILE, TRAIN_FILE, load_examples
 
     exported = Artifact.load(inputs["export"], ExportedModels).result
+    result = verify_exported(
+        inputs["export"],
+        exported,
+        local_base(config.model.base, config.model.revision),
+        inputs["train"],
+        load_examples(inputs["prepare"] / EVAL_FILE),
+        config.verify,
+        system=config.prompt.system,
+        trained=load_examples(inputs["prepare"] / TRAIN_FILE)[:_TRAINED_RECORDS],
+    )
+    write_json(out_dir / RESULT_NAME, result.model_dump(mode="json"))
+    raise_if_failed(result)
+    return result
+
+
+def verify_exported(
+    folder: Path,
+    exported: ExportedModels,
+    base: Path,
+    adapter: Path | None,
+    conversations: Sequence[Example],
+    thresholds: VerifyConfig,
+    *,
+    system: str | None = None,
+    trained: Sequence[Example] = (),
+    threads: int | None = None,
+) -> Verification:
+    """Compare all files of one export in ``folder`` with the model they should be; ``base`` is a local folder.
+
+    Logits are compared on the first ``thresholds.prompts`` conversations, ids on ``trained`` as well. Differences are
+    told, not raised.
+    """
     exact_first = sorted(
         exported.files,
         key=lambda file: (file.role != "tuned", -file.bits_per_weight, file.quantization == "BF16"),
     )
-    first, *others = [inputs["export"] / file.name for file in exact_first]
-    reference = Reference(local_base(config.model.base, config.model.revision), inputs["train"], config.prompt.system)
-    conversations = load_examples(inputs["prepare"] / EVAL_FILE)[: config.verify.prompts]
-    result = _verify(first, reference, conversations, config.verify, others)
-    write_json(out_dir / RESULT_NAME, result.model_dump(mode="json"))
-    raise_if_failed(result)
-    return result
+    files = [File(folder / file.name, file.role) for file in exact_first]
+    reference = Reference(base, adapter, system)
+    verifier = _Verifier(reference, conversations[: thresholds.prompts], thresholds, threads, trained)
+    return verifier.verify(files)
 
 
 def verify_gguf(
@@ -96,12 +103,14 @@ def verify_gguf(
     conversations: Sequence[Example],
     thresholds: VerifyConfig,
     system: str | None = None,
+    *,
+    threads: int | None = None,
 ) -> Verification:
-    """Compare one GGUF with the model it should be; ``base`` is a local folder. Differences are told.
+    """Compare one GGUF with the model it should be; ``base`` is a local folder. Differences are told, not raised.
 
     Thresholds are for files without quantization; quantized ones have limits of their own by type.
     """
-    return _verify(gguf, Reference(base, adapter, system), conversations, thresholds, [])
+    return _Verifier(Reference(base, adapter, system), conversations, thresholds, threads).verify([File(gguf)])
 
 
 def raise_if_failed(result: Verification) -> None:
@@ -112,291 +121,197 @@ def raise_if_failed(result: Verification) -> None:
         raise GateFailed(f"The GGUF is not the trained model: {failed[0].name}: {failed[0].detail}{others}")
 
 
-class Reference:
-    """What trained: tokenizer, template, and base + adapter in 32 bit."""
+@dataclass(frozen=True)
+class _Compared:
+    """What one file predicts, against its reference; ``distances`` where there is an adapter."""
 
-    def __init__(self, base: Path, adapter: Path | None, system: str | None) -> None:
-        from pipeline.base_model import load_tokenizer
-        from pipeline.vocabulary import TransformersVocabulary
+    logits: LogitComparison
+    endings: list[Ending]
+    distances: Distances | None
 
-        self._base = base
-        self._adapter = adapter
-        self._system = system
-        self._tokenizer = load_tokenizer(tokenizer_folder(base, adapter))
-        self._vocabulary = TransformersVocabulary(self._tokenizer)
-        self._chat_format = ChatFormat(self._tokenizer.chat_template, self._vocabulary, system)
 
-    def request(self, gguf: Path, examples: Sequence[Example]) -> Request:
-        """Everything the child is asked; the logits are asked for the ids of this side."""
-        return Request(
-            gguf=gguf.absolute(),
-            system=self._system,
-            texts=[*STRESS_TEXTS, *control_token_texts(sorted(self._vocabulary.control_tokens))],
-            conversations=_conversations(examples),
-            examples=[
-                ReferenceExample(question=each.question, reasoning=each.reasoning, answer=each.answer)
-                for each in examples
-            ],
-            evaluate=[self._chat_format.encode(each).input_ids[:_MAX_POSITIONS] for each in examples],
+@dataclass(frozen=True)
+class _Exact:
+    """The most exact file, after it was compared with the reference; its logits are in ``folder``.
+
+    ``untuned`` are the reference's logits of the first conversation without the adapter, where there is one.
+    """
+
+    path: Path
+    folder: Path
+    view: VocabularyView
+    untuned: Logits | None
+
+
+class _Verifier:
+    def __init__(
+        self,
+        reference: Reference,
+        examples: Sequence[Example],
+        thresholds: VerifyConfig,
+        threads: int | None,
+        trained: Sequence[Example] = (),
+    ) -> None:
+        if not examples:
+            raise MedcotError("There is no conversation to compare logits on: give at least one held-out record.")
+        self._reference = reference
+        self._examples = examples
+        self._thresholds = thresholds
+        self._threads = threads
+        self._trained = trained
+
+    def verify(self, files: Sequence[File]) -> Verification:
+        """``files`` begin with the most exact one, which must be a tuned one."""
+        first, *others = files
+        request = self._reference.request(
+            first.path,
+            self._examples,
+            STRESS_TEXTS,
+            self._thresholds.max_new_tokens,
+            self._threads,
+            self._trained,
         )
-
-    def view(self, request: Request, size: int) -> VocabularyView:
-        return vocabulary_view(
-            request,
-            self._vocabulary,
-            self._chat_format,
-            size,
-            [self._tokenizer(text, add_special_tokens=False).input_ids for text in request.texts],
-            [self._render(conversation) for conversation in request.conversations],
-        )
-
-    def load_model(self) -> Any:
-        """Base + adapter in float32, the adapter not merged, so that merging is checked too."""
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(self._base, dtype=torch.float32)
-        if self._adapter:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, self._adapter)
-        return model.eval()
-
-    def _render(self, conversation: Conversation) -> str | None:
-        import jinja2
-
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                conversation.messages,
-                tokenize=False,
-                add_generation_prompt=conversation.add_generation_prompt,
+        with tempfile.TemporaryDirectory(prefix="medcot-verify-") as name:
+            folder = Path(name) / "exact"
+            answer = ask(request, folder)
+            if isinstance(answer, str):
+                return _result([Check(name="loads", passed=False, detail=answer)])
+            view = self._reference.view(request, answer.view.size)
+            checks = [
+                Check(name="loads", passed=True, detail=f"llama.cpp loads {first.path.name} in a child process"),
+                *vocabulary_checks(request, view, answer, self._reference.recipe),
+            ]
+            untuned = (
+                self._reference.logits(request.evaluate[0], adapted=False) if self._reference.has_adapter else None
             )
-        except jinja2.TemplateError:
-            return None
-        return text
+            exact = _Exact(first.path, folder, view, untuned)
+            compared = self._compare(
+                request, exact, folder, "tuned", lambda i: self._reference.logits(request.evaluate[i])
+            )
+            if isinstance(compared, str):
+                return _result([*checks, Check(name="logits", passed=False, detail=compared)])
+            limits = limits_of(answer.file_type, self._thresholds)
+            checks += self._prediction_checks(request, answer, compared, limits, "tuned")
+            measured = [_measured(first.path, "base + adapter in 32 bit", compared, answer, limits)]
+            for other in others:
+                with tempfile.TemporaryDirectory(dir=name) as other_folder:
+                    other_checks, figures = self._other_file(request, exact, other, Path(other_folder))
+                checks += other_checks
+                measured += [figures] if figures else []
+        return _result(checks, compared.logits, measured)
 
+    def _other_file(
+        self, request: Request, exact: _Exact, file: File, folder: Path
+    ) -> tuple[list[Check], FileComparison | None]:
+        """A further file of the same export: the same vocabulary and template, its predictions near the exact one's.
 
-def _conversations(examples: Sequence[Example]) -> list[Conversation]:
-    """The held-out questions, and shapes of conversation that templates treat apart."""
-    user = {"role": "user", "content": "Is 5 mg enough?"}
-    answer = {"role": "assistant", "content": "<think>\nProbably.\n</think>\n\nYes, it is."}
-    system = {"role": "system", "content": "You are a careful physician."}
-    shapes = [[user], [user, answer], [user, answer, user], [system, user], [system, user, answer, user]]
-    shapes += [[{"role": "user", "content": each.question}] for each in examples]
-    return [
-        Conversation(messages=messages, add_generation_prompt=prompt) for messages in shapes for prompt in (True, False)
-    ]
-
-
-def _verify(
-    gguf: Path,
-    reference: Reference,
-    examples: Sequence[Example],
-    thresholds: VerifyConfig,
-    others: Sequence[Path],
-) -> Verification:
-    if not examples:
-        raise MedcotError("There is no conversation to compare logits on: give at least one held-out record.")
-    request = reference.request(gguf, examples)
-    with tempfile.TemporaryDirectory(prefix="medcot-verify-") as folder:
-        answer = _ask(request, Path(folder))
+        The base is compared with the reference without the adapter, on the first conversation only.
+        """
+        of = f"of {file.path.name}"
+        is_base = file.role == "base"
+        evaluate = request.evaluate[:1] if is_base else request.evaluate
+        asked = request.model_copy(update={"gguf": file.path.absolute(), "evaluate": evaluate, "max_new_tokens": 0})
+        answer = ask(asked, folder)
         if isinstance(answer, str):
-            return _result([Check(name="loads", passed=False, detail=answer)])
-        view = reference.view(request, answer.view.size)
-        checks = [
-            Check(name="loads", passed=True, detail=f"llama.cpp loads {gguf.name} in a child process"),
-            *_vocabulary_checks(request, view, answer),
-            *(_other_file(request, view, other) for other in others),
-        ]
-        return _compare_logits(checks, request, answer, Path(folder), reference, thresholds)
+            return [Check(name=f"vocabulary {of}", passed=False, detail=answer)], None
+        if is_base and answer.view.size != exact.view.size:
+            detail = f"{answer.view.size} tokens, the adapter has its own {exact.view.size}: nothing is compared"
+            return [Check(name=f"vocabulary {of}", passed=True, detail=detail)], None
+        vocabulary = vocabulary_checks(asked, exact.view, answer, self._reference.recipe)
+        checks = [_all_of(f"vocabulary {of}", vocabulary, "loads; token ids, templates, BOS and EOS are equal")]
+        untuned = exact.untuned if is_base else None
+        compared = self._compare(
+            asked,
+            exact,
+            folder,
+            file.role,
+            lambda i: load_logits(logits_path(exact.folder, i)) if untuned is None else untuned,
+        )
+        if isinstance(compared, str):
+            return [*checks, Check(name=f"logits {of}", passed=False, detail=compared)], None
+        limits = limits_of(answer.file_type, self._thresholds, is_base=is_base)
+        predictions = self._prediction_checks(asked, answer, compared, limits, file.role)
+        checks.append(_all_of(f"logits {of}", predictions, "; ".join(check.detail for check in predictions)))
+        errors = None if is_base else compare_tensors(exact.path, file.path)
+        if errors:
+            shown = (
+                f"{errors.tensors} tensors; {errors.worst} is farthest from the most exact file's: {errors.error:.3g}"
+            )
+            checks.append(Check(name=f"weights {of}", passed=errors.fault is None, detail=errors.fault or shown))
+        if not compared.logits.finite:
+            return checks, None
+        reference = "base in 32 bit" if is_base else exact.path.name
+        return checks, _measured(file.path, reference, compared, answer, limits, errors)
+
+    def _compare(
+        self, request: Request, exact: _Exact, folder: Path, role: Role, expected_of: Callable[[int], Logits]
+    ) -> _Compared | str:
+        """The child's logits in ``folder`` with those expected; a sentence where they have another shape."""
+        comparison, endings, distances = LogitComparison(), [], None
+        for index, ids in enumerate(request.evaluate):
+            expected, found = expected_of(index), load_logits(logits_path(folder, index))
+            if expected.shape != found.shape:
+                return f"{found.shape[1]} logits a position, the model has {expected.shape[1]}"
+            comparison.add(expected, found, index)
+            endings.append(Ending.of(ids, expected, found))
+            if index == 0 and exact.untuned is not None:
+                tuned = expected if role == "tuned" else load_logits(logits_path(exact.folder, 0))
+                distances = Distances(
+                    from_tuned=mean_kl(tuned, found),
+                    from_base=mean_kl(exact.untuned, found),
+                    between=mean_kl(tuned, exact.untuned),
+                )
+        return _Compared(comparison, endings, distances)
+
+    def _prediction_checks(
+        self, request: Request, answer: Answer, compared: _Compared, limits: LogitLimits, role: Role
+    ) -> list[Check]:
+        text = self._reference.text
+        checks = logit_checks(compared.logits, limits, request.evaluate, text)
+        if compared.distances and compared.logits.finite:
+            checks.append(adapter_check(role, compared.distances, limits))
+        return [*checks, end_of_turn_check(compared.endings, answer, limits, text)]
 
 
-def _result(checks: list[Check], nmse: float = 1.0, top1: float = 0.0, positions: int = 0) -> Verification:
-    """Without positions nothing was compared, and the numbers are those of unrelated logits."""
+def _all_of(name: str, checks: Sequence[Check], detail: str) -> Check:
+    """Several checks of a further file as one: the first difference, or ``detail``."""
+    failed = next((check for check in checks if not check.passed), None)
+    return Check(name=name, passed=failed is None, detail=f"{failed.name}: {failed.detail}" if failed else detail)
+
+
+def _measured(
+    path: Path,
+    reference: str,
+    compared: _Compared,
+    answer: Answer,
+    limits: LogitLimits,
+    errors: TensorErrors | None = None,
+) -> FileComparison:
+    return FileComparison(
+        name=path.name,
+        quantization=type_name(answer.file_type),
+        reference=reference,
+        positions=compared.logits.positions,
+        mean_kl=compared.logits.mean_kl,
+        p99_kl=compared.logits.p99_kl,
+        top1_agreement=compared.logits.top1_agreement,
+        max_mean_kl=limits.max_mean_kl,
+        min_top1=limits.min_top1,
+        worst_tensor=errors.worst if errors else None,
+        tensor_error=errors.error if errors else None,
+    )
+
+
+def _result(
+    checks: list[Check], logits: LogitComparison | None = None, files: Sequence[FileComparison] = ()
+) -> Verification:
+    """Without finite logits nothing was compared, and the numbers are those of unrelated ones."""
+    known = logits if logits is not None and logits.finite else None
     return Verification(
         checks=checks,
-        logit_nmse=nmse,
-        top1_agreement=top1,
-        positions=positions,
+        logit_nmse=known.nmse if known else 1.0,
+        top1_agreement=known.top1_agreement if known else 0.0,
+        positions=known.positions if known else 0,
         passed=all(check.passed for check in checks),
+        files=list(files) if known else [],
     )
-
-
-def _ask(request: Request, folder: Path) -> Answer | str:
-    """Run the child; its answer, or the sentence that says why there is none."""
-    (folder / REQUEST_NAME).write_text(request.model_dump_json(), encoding="utf-8")
-    root = str(Path(__file__).resolve().parent.parent)
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    try:
-        child = subprocess.run(
-            [sys.executable, "-m", "export.verify_probe", str(folder)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            timeout=_PROBE_TIMEOUT_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return f"llama.cpp did not finish with {request.gguf} in {_PROBE_TIMEOUT_SECONDS // 60} minutes."
-    if child.returncode == 0:
-        return Answer.model_validate_json((folder / ANSWER_NAME).read_bytes())
-    last_words = next(reversed(child.stderr.decode(errors="replace").strip().splitlines()), "no message")
-    if child.returncode < 0:
-        return f"llama.cpp died (signal {-child.returncode}) on {request.gguf}: {last_words}"
-    return f"llama.cpp cannot use {request.gguf}: {last_words}"
-
-
-def _other_file(request: Request, view: VocabularyView, gguf: Path) -> Check:
-    """One check for a further file of the same export: it loads, and has the same vocabulary and template."""
-    with tempfile.TemporaryDirectory(prefix="medcot-verify-") as folder:
-        answer = _ask(request.model_copy(update={"gguf": gguf.absolute(), "evaluate": []}), Path(folder))
-    name = f"vocabulary of {gguf.name}"
-    if isinstance(answer, str):
-        return Check(name=name, passed=False, detail=answer)
-    failed = next((check for check in _vocabulary_checks(request, view, answer) if not check.passed), None)
-    if failed:
-        return Check(name=name, passed=False, detail=f"{failed.name}: {failed.detail}")
-    return Check(name=name, passed=True, detail="loads; token ids, templates, BOS and EOS are equal")
-
-
-def _vocabulary_checks(request: Request, view: VocabularyView, answer: Answer) -> list[Check]:
-    ours, theirs = view, answer.view
-    texts = request.texts
-    checks = []
-    # llama.cpp puts a space in front of the text after every control token, and before one that is there; the
-    # tokenizers library does neither. The pipeline encodes piece by piece (pipeline/prompts.py), so with
-    # SentencePiece the pieces are compared; those that begin with a space, only as they go on from text.
-    pieces_only = answer.tokenizer_model == "llama"
-    starts = [index for index, text in enumerate(texts) if not (pieces_only and text.startswith((" ", "▁")))]
-    if pieces_only:
-        checks.append(Check(name="token ids: whole texts", passed=True, detail="SentencePiece: compared in pieces"))
-    else:
-        checks.append(_ids_check("whole texts", texts, ours.whole, theirs.whole))
-    checks.append(
-        _ids_check(
-            "texts at the start",
-            [texts[index] for index in starts],
-            *([side.segments[index].at_start for index in starts] for side in (ours, theirs)),
-        )
-    )
-    checks.append(
-        _ids_check("texts that go on", texts, *([s.after_text for s in side.segments] for side in (ours, theirs)))
-    )
-    questions = [each.question for each in request.examples]
-    checks.append(_ids_check("training prompts", questions, ours.example_ids, theirs.example_ids))
-    checks.append(_template_check(request, ours, theirs))
-    checks.append(_special_token_check(ours, theirs, answer.eos_ends_generation))
-    return checks
-
-
-def _ids_check(name: str, texts: Sequence[str], ours: list[list[int]], theirs: list[list[int]]) -> Check:
-    for text, expected, found in zip(texts, ours, theirs, strict=True):
-        if expected != found:
-            at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), None)
-            at = min(len(expected), len(found)) if at is None else at
-            window = slice(max(0, at - 1), at + _SHOWN_IDS)
-            where = f"{text[:60]!r}, from token {window.start} on"
-            detail = f"{where}, becomes {found[window]}, in training {expected[window]}"
-            return Check(name=f"token ids: {name}", passed=False, detail=detail)
-    total = sum(map(len, ours))
-    return Check(name=f"token ids: {name}", passed=True, detail=f"{total} ids of {len(texts)} texts are equal")
-
-
-def _template_check(request: Request, ours: VocabularyView, theirs: VocabularyView) -> Check:
-    name = "rendered templates"
-    for conversation, expected, found in zip(request.conversations, ours.rendered, theirs.rendered, strict=True):
-        if expected != found:
-            roles = ", ".join(message["role"] for message in conversation.messages)
-            return Check(name=name, passed=False, detail=f"({roles}) {_first_difference(expected, found)}")
-    return Check(name=name, passed=True, detail=f"{len(ours.rendered)} conversations are equal")
-
-
-def _first_difference(expected: str | None, found: str | None) -> str:
-    if expected is None or found is None:
-        refusing = "training" if expected is None else "the GGUF"
-        return f"the template of {refusing} refuses the conversation, the other one does not"
-    at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), None)
-    at = min(len(expected), len(found)) if at is None else at
-    start = max(0, at - 20)
-    return f"reads {found[start : at + 40]!r} at character {at}, in training {expected[start : at + 40]!r}"
-
-
-def _special_token_check(ours: VocabularyView, theirs: VocabularyView, eos_ends_generation: bool) -> Check:
-    name = "BOS and EOS"
-    for label, get in _SPECIAL_FACTS:
-        if get(ours) != get(theirs):
-            return Check(name=name, passed=False, detail=f"{label} is {get(theirs)!r}, in training {get(ours)!r}")
-    if not eos_ends_generation:
-        return Check(name=name, passed=False, detail=f"llama.cpp does not stop at {theirs.eos_token!r}")
-    added = "added" if theirs.adds_bos else "not added"
-    return Check(name=name, passed=True, detail=f"BOS {theirs.bos_token!r} is {added}, EOS {theirs.eos_token!r} stops")
-
-
-_SPECIAL_FACTS: tuple[tuple[str, Callable[[VocabularyView], object]], ...] = (
-    ("EOS", lambda view: view.eos_token),
-    ("the id of EOS", lambda view: view.eos_id),
-    ("adding BOS", lambda view: view.adds_bos),
-    ("BOS", lambda view: view.bos_token if view.adds_bos else None),
-)
-
-
-def _compare_logits(
-    checks: list[Check],
-    request: Request,
-    answer: Answer,
-    folder: Path,
-    reference: Reference,
-    thresholds: VerifyConfig,
-) -> Verification:
-    import torch
-
-    limits = _limits(answer.file_type, thresholds)
-    model = reference.load_model()
-    difference = power = 0.0
-    agreeing = positions = 0
-    for index, ids in enumerate(request.evaluate):
-        found = np.load(logits_path(folder, index), mmap_mode="r")
-        with torch.inference_mode():
-            expected = model(torch.tensor([ids])).logits[0].numpy()
-        if expected.shape != found.shape:
-            detail = f"{found.shape[1]} logits a position, the model has {expected.shape[1]}"
-            return _result([*checks, Check(name="logits", passed=False, detail=detail)])
-        part = _logit_sums(expected, found)
-        difference, power, agreeing = difference + part[0], power + part[1], agreeing + part[2]
-        positions += len(ids)
-    nmse, top1 = difference / power, agreeing / positions
-    if not np.isfinite(nmse):
-        return _result([*checks, Check(name="logits", passed=False, detail="the logits are not finite")])
-    checks = [
-        *checks,
-        Check(
-            name="logit error",
-            passed=nmse < limits.max_nmse,
-            detail=f"normalized square error {nmse:.3g}, limit {limits.max_nmse:g}, {positions} positions",
-        ),
-        Check(
-            name="top-1 agreement",
-            passed=top1 >= limits.min_top1,
-            detail=f"{agreeing} of {positions} positions ({top1:.2%}), limit {limits.min_top1:.2%}",
-        ),
-    ]
-    return _result(checks, nmse, top1, positions)
-
-
-def _limits(file_type: int, thresholds: VerifyConfig) -> LogitLimits:
-    if file_type in _WITHOUT_LOSS:
-        return LogitLimits(thresholds.max_logit_nmse, thresholds.min_top1_agreement)
-    return _QUANTIZED_LIMITS.get(LlamaFileType(file_type), _COARSE_LIMITS)
-
-
-def _logit_sums(expected: npt.NDArray[np.float32], found: npt.NDArray[np.float32]) -> tuple[float, float, int]:
-    """Squared difference, squared reference, and the number of positions with the same most likely token."""
-    difference = power = 0.0
-    agreeing = 0
-    for a, b in zip(expected, found, strict=True):
-        wide = a.astype(np.float64)
-        difference += float(np.square(wide - b).sum())
-        power += float(np.square(wide).sum())
-        agreeing += int(a.argmax() == b.argmax())
-    return difference, power, agreeing

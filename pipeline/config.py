@@ -135,10 +135,13 @@ class ExportConfig(Section):
 
 class VerifyConfig(Section):
     max_logit_nmse: float = Field(
-        1e-4, gt=0, description="F16 against the merged model: normalized mean square error of the logits."
+        1e-4, gt=0, description="F16 against base + adapter: normalized mean square error of the logits."
     )
-    min_top1_agreement: float = Field(0.995, ge=0, le=1, description="F16 against the merged model.")
+    min_top1_agreement: float = Field(0.995, ge=0, le=1, description="F16 against base + adapter.")
     prompts: int = Field(4, ge=1, description="Held-out conversations whose logits are compared.")
+    max_new_tokens: int = Field(
+        0, ge=0, description="Also answer a held-out question, up to this length (tokens); 0: leave that to evaluation."
+    )
 
 
 class EvaluationConfig(Section):

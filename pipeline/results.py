@@ -120,12 +120,35 @@ class Check(Measurement):
     detail: str
 
 
+class FileComparison(Measurement):
+    """One GGUF's next-token predictions against ``reference`` on held-out conversations.
+
+    KL is the Kullback-Leibler divergence of the file from the reference (nats a token). ``tensor_error`` is
+    |a - b| / |a| of ``worst_tensor`` against the most exact file; None for that file itself and for the base.
+    """
+
+    name: str
+    quantization: str
+    reference: str
+    positions: int
+    mean_kl: float
+    p99_kl: float
+    top1_agreement: float
+    max_mean_kl: float | None = Field(description="Limit; None for unquantized files, whose squared error is limited.")
+    min_top1: float
+    worst_tensor: str | None = None
+    tensor_error: float | None = None
+
+
 class Verification(Measurement):
+    """``logit_nmse`` and ``top1_agreement`` are those of the most exact file, over ``positions``."""
+
     checks: list[Check]
-    logit_nmse: float = Field(description="F16 GGUF against merged model: |a-b|^2 / |b|^2 over all logits.")
+    logit_nmse: float = Field(description="Against base + adapter in 32 bit: |a-b|^2 / |a|^2 over all logits.")
     top1_agreement: float
     positions: int
     passed: bool
+    files: list[FileComparison] = Field(default=[], description="The most exact file first.")
 
 
 class Estimate(Measurement):

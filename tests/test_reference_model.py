@@ -33,6 +33,17 @@ def test_logits_are_those_of_32_bit_weights(tmp_path: Path, dtype: torch.dtype, 
     torch.testing.assert_close(found, logits(expected.eval()), rtol=1e-5, atol=1e-5)
 
 
+def test_added_tokens_make_the_base_larger(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", tied=False, layers=1)
+    adapter = save_adapter(tmp_path / "adapter", base, tokens=420)
+    expected = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    expected.resize_token_embeddings(420)
+    expected = PeftModel.from_pretrained(expected, adapter)
+    found = logits(load_reference(base, adapter))
+    assert found.shape[-1] == 420
+    torch.testing.assert_close(found, logits(expected.eval()), rtol=1e-5, atol=1e-5)
+
+
 def test_a_4_bit_base_is_widened_from_its_codes(tmp_path: Path) -> None:
     base = save_model(tmp_path / "base", hidden=128, heads=4, tied=False)
     quantization = BitsAndBytesConfig(
