@@ -8,16 +8,15 @@ the block in its own type; neither a merged checkpoint nor a whole tensor is eve
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from export.adapter_gguf import AdapterType, check_expressible, write_adapter_gguf
 from export.architecture import Architecture, ModelTensor, read_architecture
 from export.base_match import base_mismatch
+from export.fingerprint import export_fingerprint
 from export.gguf_file import GgufPlan
 from export.importance_file import ImportanceMatrix
 from export.measured_export import export_with_imatrix, measuring_text
@@ -27,10 +26,14 @@ from export.quant_types import file_type
 from export.stream import Output, Progress, Role, tensors_by_shard, write_files
 from export.tokenizer_metadata import TOKENIZER_FILES, Vocabulary, read_vocabulary, with_special_ids
 from export.weights import BaseWeights, open_base
+from pipeline.adapter_recipe import RECIPE_NAME, check_template, read_recipe
 from pipeline.artifacts import atomic_path
 from pipeline.config import Config
 from pipeline.errors import MedcotError
 from pipeline.results import ExportedFile, ExportedModels
+
+if TYPE_CHECKING:
+    from export.hub_files import DownloadProgress
 
 Adapters = Path | WeightedAdapter | Sequence[Path | WeightedAdapter] | None
 
@@ -41,9 +44,11 @@ def export(config: Config, inputs: dict[str, Path], out_dir: Path) -> ExportedMo
     With ``imatrix: auto`` an importance matrix is measured on the training text (``inputs["prepare"]``).
     """
     from pipeline.prepare import TRAIN_FILE
+    from pipeline.progress import ExportProgressBar
 
-    folder, base_weights = open_model(config.model.base, config.model.revision)
-    with base_weights as weights, _progress_bar() as progress:
+    with ExportProgressBar() as bar, ExitStack() as stack:
+        folder, base_weights = open_model(config.model.base, config.model.revision, fetching=bar.fetched)
+        weights = stack.enter_context(base_weights)
 
         def write(
             out_dir: Path,
@@ -58,7 +63,8 @@ def export(config: Config, inputs: dict[str, Path], out_dir: Path) -> ExportedMo
                 config.name,
                 quantizations,
                 base_quantization,
-                progress,
+                bar.written,
+                announce=bar.note,
                 ship=config.export.ship if config.export.ship in quantizations else None,
                 system=config.prompt.system,
                 given_as=config.model.base,
@@ -76,20 +82,22 @@ def export(config: Config, inputs: dict[str, Path], out_dir: Path) -> ExportedMo
             lambda: measuring_text(
                 tokenizer_folder(folder, inputs["train"]), inputs["prepare"] / TRAIN_FILE, config.prompt.system
             ),
-            lambda done, total: progress("importance matrix", done, total),
+            bar.measured,
         )
 
 
-def open_model(base: str, revision: str | None = None) -> tuple[Path, BaseWeights]:
+def open_model(
+    base: str, revision: str | None = None, *, fetching: DownloadProgress | None = None
+) -> tuple[Path, BaseWeights]:
     """Folder with a base's configuration and tokenizer, and its weights, which may be read from the hub shard by shard.
 
-    ``base`` is a hub id, a folder, or ``package:<module>/<file>.gguf``.
+    ``base`` is a hub id, a folder, or ``package:<module>/<file>.gguf``; ``fetching`` is told of each shard's download.
     """
     from pipeline.base_model import PACKAGE_PREFIX, local_base
 
     on_hub = not base.startswith(PACKAGE_PREFIX) and not Path(base).is_dir()
     folder = local_base(base, revision, weights=not on_hub)
-    return folder, open_base(base, revision) if on_hub else BaseWeights(folder)
+    return folder, open_base(base, revision, progress=fetching) if on_hub else BaseWeights(folder)
 
 
 def export_models(
@@ -107,6 +115,7 @@ def export_models(
     given_as: str | None = None,
     weights: BaseWeights | None = None,
     importance: ImportanceMatrix | None = None,
+    announce: Callable[[str], None] = lambda text: None,
 ) -> ExportedModels:
     """Write ``<name>-<QUANT>.gguf`` for each quantization, ``<name>-base-<QUANT>.gguf`` and a Modelfile.
 
@@ -114,7 +123,9 @@ def export_models(
     and chat template come from the first adapter's folder that has them. ``ship`` is the quantization that the
     Modelfile names (default: the last one), ``given_as`` what the user called the base, ``adapter_gguf`` the type of
     an additional ``<name>-adapter.gguf``; ``importance`` guides the quantizers. All files appear together at the end,
-    or none; raises MedcotError.
+    or none; raises MedcotError. After an interruption the same call goes on where it was and gives the same bytes;
+    ``announce`` is told in a sentence. An adapter that says what it was trained with (medcot.json) is held to its chat
+    template, and gives the system prompt where ``system`` is None.
     """
     adapters = _weighted(adapter)
     if adapter_gguf and not adapters:
@@ -126,23 +137,36 @@ def export_models(
         if adapter_gguf:
             check_expressible(architecture, merged.adapters)
         models = _models(base, adapters, architecture, merged, with_base=base_quantization is not None)
+        recipe = read_recipe(tokenizer_folder(base, adapters))
+        check_template(recipe, models["tuned"][1].chat_template, str(tokenizer_folder(base, adapters)))
+        system = recipe.system if system is None and recipe else system
         tensors = {role: tensors_by_shard(each, reader, merged) for role, (each, _) in models.items()}
         if importance is not None:
             importance.check_fits({tensor.name: tensor.shape for tensor in tensors["tuned"]})
         outputs = _outputs(out_dir, name, quantizations, base_quantization, models, tensors, system, importance)
         adapter_path = out_dir / f"{name}-adapter.gguf" if adapter_gguf else None
-        _make_room(out_dir, outputs, [*(output.path for output in outputs), *([adapter_path] if adapter_path else [])])
 
         def write_adapter(stack: ExitStack) -> None:
             if adapter_path is not None and adapter_gguf is not None:
+                for leftover in out_dir.glob(f".{adapter_path.name}.*.tmp"):  # a killed export's
+                    leftover.unlink()
                 temporary = stack.enter_context(atomic_path(adapter_path))
                 write_adapter_gguf(temporary, f"{name} adapter", architecture, merged.adapters, adapter_gguf)
 
+        plans = {output.path.name: output.plan for output in outputs}
         write_files(
-            outputs, tensors, reader, merged, progress or (lambda tensor, done, total: None), beside=write_adapter
+            outputs,
+            tensors,
+            reader,
+            merged,
+            progress or (lambda tensor, done, total: None),
+            fingerprint=export_fingerprint(plans, base, reader, adapters),
+            announce=announce,
+            beside=write_adapter,
         )
     shipped = f"{name}-{file_type(ship or quantizations[-1]).name}.gguf"
-    write_modelfile(out_dir / "Modelfile", shipped, models["tuned"][1], system)
+    tuned, vocabulary = models["tuned"]
+    write_modelfile(out_dir / "Modelfile", shipped, vocabulary, system, tuned.context)
     mismatches = [base_mismatch(each, base, given_as, architecture) for each, _ in merged.adapters]
     return ExportedModels(
         architecture=architecture.name,
@@ -151,7 +175,12 @@ def export_models(
         ship=shipped,
         base=next((output.path.name for output in outputs if output.role == "base"), None),
         adapter_gguf=adapter_path.name if adapter_path else None,
-        warnings=[*architecture.remarks, *models["tuned"][1].remarks, *(text for text in mismatches if text)],
+        warnings=[
+            *architecture.remarks,
+            *models["tuned"][1].remarks,
+            *(text for text in mismatches if text),
+            *_without_recipe(adapters),
+        ],
         files=[
             ExportedFile(
                 name=output.path.name,
@@ -172,6 +201,14 @@ def tokenizer_folder(base: Path, adapter: Adapters) -> Path:
         if any((each.folder / file).is_file() for file in TOKENIZER_FILES):
             return each.folder
     return base
+
+
+def _without_recipe(adapters: Sequence[WeightedAdapter]) -> list[str]:
+    return [
+        f"{each.folder} has no {RECIPE_NAME}: its chat template is not compared."
+        for each in adapters
+        if read_recipe(each.folder) is None
+    ]
 
 
 def _weighted(adapter: Adapters) -> list[WeightedAdapter]:
@@ -260,46 +297,3 @@ def _outputs(
         )
         for file_name, (role, quantization) in wanted.items()
     ]
-
-
-def _make_room(out_dir: Path, outputs: Sequence[Output], paths: Sequence[Path]) -> None:
-    """Create the folder, remove what a killed export left there, and check that the files will fit."""
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        for path in paths:
-            for leftover in out_dir.glob(f".{path.name}.*.tmp"):
-                leftover.unlink()
-        free = shutil.disk_usage(out_dir).free
-    except OSError as error:
-        raise MedcotError(f"{out_dir} cannot be written: {error.strerror}.") from error
-    needed = sum(output.plan.tensor_bytes for output in outputs)
-    if free < needed:
-        raise MedcotError(
-            f"{out_dir} has {free / 1e9:.2f} GB free and the files need {needed / 1e9:.2f} GB: "
-            f"free {(needed - free) / 1e9:.2f} GB or ask for fewer quantizations."
-        )
-
-
-@contextmanager
-def _progress_bar() -> Iterator[Progress]:
-    """A bar on standard error: tensor, MB/s of 32-bit weights, time left."""
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as RichProgress
-
-    columns = (
-        TextColumn("export"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    with RichProgress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=None)
-
-        def update(tensor: str, done: int, total: int) -> None:
-            float_bytes = np.dtype(np.float32).itemsize
-            bar.update(task, description=tensor, completed=done * float_bytes, total=total * float_bytes)
-
-        yield update

@@ -6,15 +6,18 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
 
 import gguf
 import numpy as np
 import numpy.typing as npt
+from gguf.gguf_writer import WriterState
 
 from export.architecture import Architecture, ModelTensor
 from export.ggml import IGNORES_IMPORTANCE, row_bytes
@@ -82,6 +85,41 @@ class GgufPlan:
         return sum(_padded(tensor.bytes) for tensor in self.tensors)
 
     @property
+    def size(self) -> int:
+        """Bytes of the finished file."""
+        return self.offset(len(self.tensors))
+
+    def offset(self, tensors: int) -> int:
+        """Where the file ends when so many tensors are complete."""
+        return len(self.head) + sum(_padded(tensor.bytes) for tensor in self.tensors[:tensors])
+
+    @cached_property
+    def head(self) -> bytes:
+        """All bytes before the first tensor: header, metadata and the list of tensors."""
+        writer = gguf.GGUFWriter(None, self.architecture.name)
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_name(self.title)
+        writer.add_size_label(gguf.size_label(self.parameters, self.parameters, 0, 0))
+        self.architecture.add_metadata(writer)
+        writer.add_file_type(self.file_type.number)
+        self.vocabulary.add_metadata(writer)
+        add_recipe(writer, self.vocabulary.chat_template, self.system)
+        if self.importance is not None:
+            self.importance.add_metadata(writer)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        for tensor in self.tensors:
+            writer.add_tensor_info(
+                tensor.name, tensor.shape, np.dtype(np.float32), tensor.bytes, raw_dtype=tensor.ggml_type
+            )
+        stream = BytesIO()
+        # What ``open_output_file`` would set up for a path.
+        writer.fout, writer.state = [stream], WriterState.EMPTY
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        return stream.getvalue().ljust(_padded(stream.tell()), b"\0")
+
+    @property
     def bits_per_weight(self) -> float:
         return sum(tensor.bytes for tensor in self.tensors) * 8 / self.parameters
 
@@ -91,15 +129,22 @@ class GgufPlan:
 
 
 class GgufFile:
-    """One file being written. Tensors come in the plan's order, each complete before the next."""
+    """One file being written. Tensors come in the plan's order, each complete before the next.
 
-    def __init__(self, plan: GgufPlan, path: Path) -> None:
+    With ``tensors_done`` the file at ``path`` is gone on with behind so many tensors: what lies further is cut off.
+    Methods raise OSError.
+    """
+
+    def __init__(self, plan: GgufPlan, path: Path, tensors_done: int = 0) -> None:
         self.plan = plan
-        self._next = 0
+        self._next = tensors_done
         self._written = 0
-        self._writer = gguf.GGUFWriter(path, plan.architecture.name)
+        # Unbuffered: after a failed write nothing is left that closing would try to write again.
+        self._stream = path.open("r+b" if tensors_done else "w+b", buffering=0)
         try:
-            self._stream = self._write_head()
+            if not tensors_done:
+                self._write(memoryview(plan.head))
+            self.cut(tensors_done)
         except BaseException:
             self.close()
             raise
@@ -109,50 +154,45 @@ class GgufFile:
         """The tensor that the next block belongs to."""
         return self.plan.tensors[self._next]
 
+    @property
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self._stream.tell()
+
     def write(self, block: npt.NDArray[np.uint8]) -> None:
         """Append bytes to the current tensor; the last ones move on to the next tensor."""
         tensor = self.current
         self._written += block.nbytes
         if self._written > tensor.bytes:
             raise ValueError(f"{tensor.name} is longer than planned")
-        self._stream.write(block.data)
+        self._write(np.ascontiguousarray(block).data.cast("B"))
         if self._written == tensor.bytes:
-            self._stream.write(bytes(_padded(tensor.bytes) - tensor.bytes))
+            self._write(memoryview(bytes(_padded(tensor.bytes) - tensor.bytes)))
             self._next, self._written = self._next + 1, 0
 
+    def cut(self, tensors_done: int) -> None:
+        """Go back to where so many tensors are complete."""
+        self._stream.seek(self.plan.offset(tensors_done))
+        self._stream.truncate()
+        self._next, self._written = tensors_done, 0
+
+    def sync(self) -> None:
+        """Return when what is written is on the disk; other threads may write meanwhile."""
+        os.fsync(self._stream.fileno())
+
     def finish(self) -> None:
-        """Check that every tensor is complete and flush."""
+        """Check that every tensor is complete."""
         if self._next != len(self.plan.tensors):
             raise ValueError(f"{self.current.name} was not written")
-        self._stream.flush()
 
     def close(self) -> None:
         """Close the file, whatever state it is in."""
-        self._writer.close()
+        self._stream.close()
 
-    def _write_head(self) -> BinaryIO:
-        plan, writer = self.plan, self._writer
-        writer.add_type(gguf.GGUFType.MODEL)
-        writer.add_name(plan.title)
-        writer.add_size_label(gguf.size_label(plan.parameters, plan.parameters, 0, 0))
-        plan.architecture.add_metadata(writer)
-        writer.add_file_type(plan.file_type.number)
-        plan.vocabulary.add_metadata(writer)
-        add_recipe(writer, plan.vocabulary.chat_template, plan.system)
-        if plan.importance is not None:
-            plan.importance.add_metadata(writer)
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        for tensor in plan.tensors:
-            writer.add_tensor_info(
-                tensor.name, tensor.shape, np.dtype(np.float32), tensor.bytes, raw_dtype=tensor.ggml_type
-            )
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        assert writer.fout is not None
-        stream: BinaryIO = writer.fout[0]
-        stream.write(bytes(_padded(stream.tell()) - stream.tell()))
-        return stream
+    def _write(self, content: memoryview) -> None:
+        # A disk that fills up takes a part first, and refuses only the next call.
+        while content:
+            content = content[self._stream.write(content) :]
 
 
 def _padded(size: int) -> int:

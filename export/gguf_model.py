@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -119,7 +119,7 @@ class GgufModel:
         """The whole text as llama.cpp's own tools tokenize it: control tokens recognised, BOS not added."""
         return list(self._llama.tokenize(text.encode(), add_bos=False, special=True))
 
-    def logits(self, ids: Sequence[int], chunk: int = 64) -> Iterator[npt.NDArray[np.float32]]:
+    def logits(self, ids: Sequence[int], chunk: int = 64) -> Generator[npt.NDArray[np.float32], None, None]:
         """Next-token logits at every position of ``ids``, as consecutive blocks [<= chunk, n_vocab].
 
         Only one block is held at a time; it is valid until the next one is asked for.

@@ -6,14 +6,10 @@ Format: https://docs.ollama.com/modelfile
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from gguf import TokenType
-
 from export.ollama_template import TurnTexts, go_template, is_plain, turn_texts
-from export.tokenizer_metadata import Vocabulary
+from export.tokenizer_metadata import Vocabulary, chat_format
 from pipeline.artifacts import write_text
 from pipeline.errors import MedcotError
 from pipeline.prompts import ChatFormat
@@ -29,19 +25,6 @@ _NO_TEMPLATE = (
     "# own template only in part: it takes one of its own that resembles it, or else sends the bare question, without",
     "# marks of turns. Write a TEMPLATE before you rely on the answers, or use medcot chat or llama.cpp.",
 )
-
-
-@dataclass
-class _SpecialTexts:
-    """As much of a vocabulary as rendering a chat template needs."""
-
-    bos_token: str | None
-    eos_token: str
-    adds_bos: bool = False
-    control_tokens: Mapping[str, int] = field(default_factory=dict)
-
-    def encode_text(self, text: str, *, after_text: bool) -> list[int]:
-        raise NotImplementedError("rendering needs no tokens")
 
 
 def write_modelfile(
@@ -77,19 +60,9 @@ def write_modelfile(
 
 
 def _chat_format(vocabulary: Vocabulary) -> ChatFormat | None:
-    """The chat template in the hands of its vocabulary; None where it is not even valid Jinja."""
-    bos = vocabulary.special_ids.get("bos")
-    control = (TokenType.CONTROL, TokenType.USER_DEFINED)
-    kinds = zip(vocabulary.tokens, vocabulary.types, strict=True)
-    texts = _SpecialTexts(
-        vocabulary.tokens[bos] if bos is not None else None,
-        vocabulary.tokens[vocabulary.special_ids["eos"]],
-        vocabulary.add_bos,
-        {token: index for index, (token, kind) in enumerate(kinds) if kind in control and token.strip()},
-    )
     try:
-        return ChatFormat(vocabulary.chat_template, texts)
-    except MedcotError:
+        return chat_format(vocabulary)
+    except MedcotError:  # not even valid Jinja; what that means is in the file
         return None
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import math
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -18,13 +20,13 @@ from export.architecture import Architecture, ModelTensor
 from export.ggml import quantize
 from export.gguf_file import GgufFile, GgufPlan
 from export.merged_weights import MergedWeights
+from export.partial_files import PartialFile, PartialFiles, missing_bytes, open_partial_files
 from export.tensor_change import Rows
 from export.weights import BaseWeights, FloatRows
-from pipeline.artifacts import atomic_path
 from pipeline.errors import MedcotError
 
 Role = Literal["tuned", "base"]
-# Called with the tensor at hand, the parameters done and their total.
+# Called with the tensor at hand, the bytes written and their total over all files.
 Progress = Callable[[str, int, int], None]
 # Weights handled at a time: 64 MB in float32, so that an 8B model's embedding needs no gigabytes.
 _BLOCK_WEIGHTS = 1 << 24
@@ -58,39 +60,88 @@ def write_files(
     merged: MergedWeights,
     progress: Progress,
     *,
+    fingerprint: str,
+    announce: Callable[[str], None] = lambda text: None,
     beside: Callable[[ExitStack], None] = lambda stack: None,
 ) -> None:
     """Write all files side by side and rename them at the end; all appear, or none.
 
-    ``tensors`` are those of each role in the order of the plans. ``beside`` may enter further files into the stack.
+    ``tensors`` are those of each role in the order of the plans. An interrupted attempt with the same ``fingerprint``
+    is gone on with behind its last durable tensor. ``beside`` may enter further files into the stack. After bad
+    weights nothing is left; after anything else, what is complete stays for the same call, and ``announce`` says so.
     """
     passes = _passes(tensors)
+    partial = [PartialFile(output.path, output.plan, _tensors_after(passes, output.role)) for output in outputs]
+    # How much is multiplied at a time decides how sums are rounded.
+    with open_partial_files(partial, f"{fingerprint} {_BLOCK_WEIGHTS}", announce) as files:
+        try:
+            with ExitStack() as stack:
+                beside(stack)
+                _write_passes(passes[files.steps :], [output.role for output in outputs], files, base, merged, progress)
+            files.publish()
+        except OSError as error:
+            raise _write_error(error, files) from error
+        except MedcotError as error:
+            # What the hub refused now it may give later; damaged weights on this disk stay damaged.
+            from_hub = any(isinstance(base.stored(name).path, str) for name in base.names)
+            if not (from_hub and files.kept()):
+                files.remove()
+                raise
+            raise MedcotError(f"{error} {_kept(files, files.keep())}") from error
+        except BaseException:
+            steps = files.keep()
+            if steps:
+                announce(_kept(files, steps))
+            else:
+                files.remove()
+            raise
+
+
+def _write_passes(
+    passes: Sequence[_Pass],
+    roles: Sequence[Role],
+    files: PartialFiles,
+    base: BaseWeights,
+    merged: MergedWeights,
+    progress: Progress,
+) -> None:
     awaited = Counter(merged.base_source(_any(each).source or "") for each in passes if _any(each).source)
+    # Shards whose tensors are all in the files already are not even fetched.
     base.plan(awaited)
-    total = sum(math.prod(_any(each).shape) for each in passes)
-    done = 0
-    try:
-        with ExitStack() as stack:
-            files: list[tuple[Role, GgufFile]] = []
-            for output in outputs:
-                file = GgufFile(output.plan, stack.enter_context(atomic_path(output.path)))
-                stack.callback(file.close)
-                files.append((output.role, file))
-            beside(stack)
-            for each in passes:
-                name = _any(each).name
-                progress(name, done, total)
-                receiving = [(role, file) for role, file in files if role in each]
-                for values in _blocks(each, base, merged):
-                    _write_block(values, receiving)
-                    done += next(iter(values.values())).size
-                    progress(name, done, total)
-                _release(_any(each), awaited, base, merged)
-            for _, file in files:
-                file.finish()
-    except OSError as error:
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
-        raise MedcotError(f"Writing to {outputs[0].path.parent} failed: {reason}. No file was left behind.") from error
+    planned = files.planned
+    for each in passes:
+        name = _any(each).name
+        progress(name, files.written, planned)
+        receiving = [(role, file) for role, file in zip(roles, files.files, strict=True) if role in each]
+        for values in _blocks(each, base, merged):
+            _write_block(values, receiving)
+            progress(name, files.written, planned)
+        files.step_done()
+        _release(_any(each), awaited, base, merged)
+
+
+def _tensors_after(passes: Sequence[_Pass], role: Role) -> list[int]:
+    return [0, *accumulate(int(role in each) for each in passes)]
+
+
+def _write_error(error: OSError, files: PartialFiles) -> MedcotError:
+    """One sentence about a failed write; what is complete is kept."""
+    folder = files.outputs[0].path.parent
+    steps = files.keep()
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        missing = missing_bytes(files.outputs) - shutil.disk_usage(folder).free
+        reason = f"the disk is full, {max(0, missing) / 1e9:.3f} GB more are needed"
+    else:
+        reason = error.strerror or str(error)
+    if not steps:
+        files.remove()
+        return MedcotError(f"Writing to {folder} failed: {reason}. No file was left behind.")
+    names = ", ".join(str(output.partial) for output in files.outputs)
+    return MedcotError(f"Writing to {folder} failed: {reason}. {_kept(files, steps)} To give up, delete {names}.")
+
+
+def _kept(files: PartialFiles, steps: int) -> str:
+    return f"The same command goes on behind tensor {steps} of {files.total_steps}."
 
 
 def _passes(tensors: Mapping[Role, Sequence[ModelTensor]]) -> list[_Pass]:

@@ -17,6 +17,7 @@ from gguf import TokenType
 
 from export.weights import read_json
 from pipeline.errors import MedcotError
+from pipeline.prompts import ChatFormat
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 # A key of our own: ``_pre_tokenizer_name`` lets one normalizer pass, and whoever chats can apply it.
@@ -86,6 +87,7 @@ class Vocabulary:
             ("eos", writer.add_eos_token_id),
             ("unk", writer.add_unk_token_id),
             ("pad", writer.add_pad_token_id),
+            ("eot", writer.add_eot_token_id),
         ):
             if role in self.special_ids:
                 add(self.special_ids[role])
@@ -97,11 +99,59 @@ class Vocabulary:
             writer.add_string(NORMALIZER_KEY, self.normalizer)
 
 
+@dataclass
+class _SpecialTexts:
+    """As much of a vocabulary as finding the end of a turn in a chat template needs (``pipeline.prompts``)."""
+
+    bos_token: str | None
+    eos_token: str
+    control_tokens: Mapping[str, int]
+    adds_bos: bool
+
+    def encode_text(self, text: str, *, after_text: bool) -> list[int]:
+        raise NotImplementedError("rendering needs no tokens")
+
+
 def read_vocabulary(folder: Path, size: int) -> Vocabulary:
     """The tokenizer in ``folder``, padded with unused tokens to the model's ``size``.
 
     Raises MedcotError for a tokenizer llama.cpp could not follow, or one without eos or chat template.
     """
+    return _with_end_of_turn(_read_vocabulary(folder, size))
+
+
+def chat_format(vocabulary: Vocabulary) -> ChatFormat:
+    """The chat template in the hands of its vocabulary, to render with; MedcotError where it is not valid Jinja."""
+    special, tokens = vocabulary.special_ids, vocabulary.tokens
+    control_types = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
+    control = {
+        text: index
+        for index, (text, kind) in enumerate(zip(tokens, vocabulary.types, strict=True))
+        if kind in control_types and not text.isspace()
+    }
+    texts = _SpecialTexts(
+        tokens[special["bos"]] if "bos" in special else None, tokens[special["eos"]], control, vocabulary.add_bos
+    )
+    return ChatFormat(vocabulary.chat_template, texts)
+
+
+def _with_end_of_turn(vocabulary: Vocabulary) -> Vocabulary:
+    """The vocabulary with ``eot`` where the template ends an answer with another token than EOS (Llama 3).
+
+    llama.cpp stops at EOS and EOT; without EOT it guesses by the tokens' names.
+    """
+    try:
+        chat = chat_format(vocabulary)
+        end = chat.end_of_turn
+    except MedcotError:
+        # A template that cannot be rendered has no end of turn; that it cannot is what verify says.
+        return vocabulary
+    if end == chat.vocabulary.eos_token:
+        return vocabulary
+    return replace(vocabulary, special_ids={**vocabulary.special_ids, "eot": chat.vocabulary.control_tokens[end]})
+
+
+def _read_vocabulary(folder: Path, size: int) -> Vocabulary:
     config = _optional_json(folder / "tokenizer_config.json")
     description = _optional_json(folder / "tokenizer.json")
     model = description.get("model", {})

@@ -9,10 +9,9 @@ because libllama aborts on some broken files.
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Iterable
+from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -182,7 +181,7 @@ def main(folder: Path) -> None:
         (folder / ANSWER_NAME).write_text(answer.model_dump_json(), encoding="utf-8")
         for index, ids in enumerate(request.evaluate):
             # Where writing fails the generator must not outlive the model whose context it clears: that is a crash.
-            with closing(cast(Generator[npt.NDArray[np.float32], None, None], model.logits(ids))) as blocks:
+            with closing(model.logits(ids)) as blocks:
                 write_logits(logits_path(folder, index), blocks, (len(ids), model.n_vocab))
 
 

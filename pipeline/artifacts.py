@@ -27,6 +27,8 @@ IN_PROGRESS_NAME = "in_progress.json"
 SCRATCH_NAME = "scratch"
 # Working state that lives inside an artifact's folder without being part of the artifact.
 WORKING_NAMES = frozenset({MANIFEST_NAME, IN_PROGRESS_NAME, SCRATCH_NAME, "checkpoints"})
+# What a file under way is called, and the journal that tells how far it is.
+WORKING_SUFFIXES = (".tmp", ".partial", ".journal")
 MANIFEST_FORMAT = 1
 
 
@@ -147,7 +149,9 @@ def artifact_files(folder: Path) -> list[Path]:
     return sorted(
         path
         for path in folder.rglob("*")
-        if path.is_file() and path.relative_to(folder).parts[0] not in WORKING_NAMES and not path.name.endswith(".tmp")
+        if path.is_file()
+        and path.relative_to(folder).parts[0] not in WORKING_NAMES
+        and not path.name.endswith(WORKING_SUFFIXES)
     )
 
 

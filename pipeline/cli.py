@@ -17,6 +17,7 @@ from pipeline import __version__
 from pipeline.errors import MedcotError
 
 if TYPE_CHECKING:
+    from pipeline.results import ExportedModels, Verification
     from pipeline.run import RunOutcome
 
 STAGE = click.Choice(["prepare", "train", "export", "verify", "evaluate", "bench", "report"])
@@ -144,6 +145,12 @@ def plan(
     type=click.Path(path_type=Path),
     help="Records to measure it on (a train.jsonl of medcot) [default: the packaged cases].",
 )
+@click.option(
+    "--verify/--no-verify",
+    default=True,
+    show_default=True,
+    help="Compare every written file with base and adapter afterwards.",
+)
 @json_option
 def export_command(
     base: str,
@@ -155,23 +162,32 @@ def export_command(
     name: str,
     imatrix: str,
     imatrix_text: Path | None,
+    verify: bool,
     as_json: bool,
 ) -> None:
     """Merge LoRA adapters into their base and write quantized GGUFs, in one pass.
+
+    After an interruption the same command goes on where it was. Exit 3 when a file is not what the adapter made of
+    the base.
 
     \b
     Example: medcot export --base ./base --adapter ./adapter --out ./gguf --quant Q4_K_M --quant F16
              medcot export --base ./base --adapter ./a=0.7 --adapter ./b=0.3 --out ./gguf --adapter-gguf
     """
+    from contextlib import ExitStack
+
     from export.export import export_models, open_model, tokenizer_folder
+    from export.exported_proof import verify_written, why_not_verifiable
     from export.measured_export import export_with_imatrix, measuring_text
     from export.merged_weights import parse_adapter
+    from pipeline.progress import ExportProgressBar
 
     several = [parse_adapter(adapter) for adapter in adapters]
     if adapter_gguf and not several:
         raise click.UsageError("--adapter-gguf needs an --adapter.")
-    folder, base_weights = open_model(base)
-    with base_weights as weights:
+    with ExportProgressBar() as bar, ExitStack() as stack:
+        folder, base_weights = open_model(base, fetching=bar.fetched)
+        weights = stack.enter_context(base_weights)
         result = export_with_imatrix(
             imatrix,
             lambda out_dir, wanted, base_wanted, importance: export_models(
@@ -181,26 +197,38 @@ def export_command(
                 name,
                 wanted,
                 base_wanted,
+                bar.written,
                 adapter_gguf=adapter_gguf if out_dir == out else None,
                 given_as=base,
                 weights=weights,
                 importance=importance,
+                announce=bar.note,
             ),
             out,
             name,
             quantizations,
             base_quant,
             lambda: measuring_text(tokenizer_folder(folder, several), imatrix_text),
+            bar.measured,
         )
+        reason = why_not_verifiable(several, weights)
     for warning in result.warnings:
         click.echo(f"Warning: {warning}", err=True)
+    proof = None
+    if verify and reason is not None:
+        click.echo(reason, err=True)
+    elif verify:
+        proof = verify_written(result, out, folder, several)
+        _print_proof(proof)
     if as_json:
-        _print_json(result.model_dump(mode="json"))
-        return
-    for file in result.files:
-        click.echo(f"{out / file.name}  {file.size_bytes / 1e6:.1f} MB  {file.bits_per_weight:.2f} bits/weight")
-    if result.adapter_gguf:
-        click.echo(f"{out / result.adapter_gguf}  {(out / result.adapter_gguf).stat().st_size / 1e6:.1f} MB")
+        verification = None if proof is None else proof.model_dump(mode="json")
+        _print_json({**result.model_dump(mode="json"), "verification": verification})
+    else:
+        _print_exported(out, result)
+    if proof is not None:
+        from export.verify import raise_if_failed
+
+        raise_if_failed(proof)
 
 
 @cli.command()
@@ -209,9 +237,11 @@ def export_command(
 @click.option("--adapter", type=click.Path(path_type=Path), help="Folder of the LoRA adapter it was made with.")
 @json_option
 def verify(gguf: Path, base: str, adapter: Path | None, as_json: bool) -> None:
-    """Compare a 16- or 32-bit GGUF with the model it was made from. Exit 3 when they differ.
+    """Compare a GGUF with the model it was made from: tokens, template, end of turn, logits. Exit 3 when they differ.
 
-    Example: medcot verify gguf/model-F16.gguf --base ./base --adapter ./adapter
+    Limits follow from the file's type: the squared error of the logits for 16 and 32 bit, their divergence below.
+
+    Example: medcot verify gguf/model-Q4_K_M.gguf --base ./base --adapter ./adapter
     """
     from export.verify import raise_if_failed, verify_gguf
     from pipeline.base_model import local_base
@@ -400,6 +430,23 @@ def _run_document(outcome: RunOutcome) -> dict[str, Any]:
             for item in outcome.stages
         ],
     }
+
+
+def _print_exported(out: Path, result: ExportedModels) -> None:
+    for file in result.files:
+        click.echo(f"{out / file.name}  {file.size_bytes / 1e6:.1f} MB  {file.bits_per_weight:.2f} bits/weight")
+    if result.adapter_gguf:
+        click.echo(f"{out / result.adapter_gguf}  {(out / result.adapter_gguf).stat().st_size / 1e6:.1f} MB")
+
+
+def _print_proof(result: Verification) -> None:
+    """What a verification found, on standard error: its failed checks, or one line."""
+    for check in result.checks:
+        if not check.passed:
+            click.echo(f"FAILED  {check.name}: {check.detail}", err=True)
+    if result.passed:
+        found = f"{result.top1_agreement:.1%} of {result.positions} tokens predicted alike by the most exact file"
+        click.echo(f"Verified: the trained model ({len(result.checks)} checks passed, {found}).", err=True)
 
 
 def _print_run(outcome: RunOutcome) -> None:

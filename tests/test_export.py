@@ -224,7 +224,7 @@ def test_a_failure_in_the_middle_leaves_what_was_there(
     monkeypatch.setattr(stream, "quantize", full_disk)
     with pytest.raises(MedcotError, match="the disk is full"):
         export_models(base, None, out, "m", ["F16", "Q8_0"])
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == {"m-F16.gguf": b"earlier"}
+    assert {path.name: path.read_bytes() for path in out.glob("[!.]*")} == {"m-F16.gguf": b"earlier"}
 
 
 def test_killed_export_leaves_no_file_and_the_next_one_cleans_up(base: Path, tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_killed_export_leaves_no_file_and_the_next_one_cleans_up(base: Path, tmp
     environment = {**os.environ, "PYTHONPATH": str(Path(export_module.__file__).parent.parent)}
     killed = subprocess.run([sys.executable, "-c", code, str(base), str(out)], check=False, env=environment)
     assert killed.returncode == -9
-    assert [path.suffix for path in out.iterdir()] == [".tmp"]
+    assert {path.name for path in out.iterdir()} == {".export.journal", ".m-F16.gguf.partial"}
     export_models(base, None, out, "m", ["F16"])
     assert sorted(path.name for path in out.iterdir()) == ["Modelfile", "m-F16.gguf"]
 
