@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All tests: ./run_tests.sh            lint and types, unit tests, fuzzing, then the whole pipeline on the real model
+# All tests: ./run_tests.sh            lint and types, unit tests, broad tests and fuzzing, then the whole pipeline
 #            ./run_tests.sh --fast     without the last two parts
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -10,6 +10,6 @@ source scripts/setup.sh
 # Two tests at a time, each on one thread: more threads than cores would wait for each other in busy loops.
 OMP_NUM_THREADS=1 "$PYTHON" -m pytest -n 2 --durations=5
 if [ "${1:-}" != --fast ]; then
-    OMP_NUM_THREADS=1 "$PYTHON" -m pytest -m fuzz -n 2 --durations=5
+    OMP_NUM_THREADS=1 "$PYTHON" -m pytest -m "fuzz or broad" -n 2 --durations=5
     "$PYTHON" -m pytest -m e2e --durations=5
 fi

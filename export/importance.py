@@ -32,7 +32,7 @@ from pipeline.prompts import ChatFormat, Example
 Progress = Callable[[int, int], None]
 # Enough: 1,098 tokens gained as much as 16,525 (SmolLM2-135M, Q3_K_M; LOG.md), and every token is one evaluation of
 # the model, on the CPU where llama.cpp was built for it.
-DEFAULT_TOKENS = 4096
+DEFAULT_TOKENS = 2048
 MAX_LENGTH = 512  # tokens of one example; the rest of a longer one is left out
 
 

@@ -25,7 +25,7 @@ _GPU_TERAFLOPS = {
 _GPU_SHARE = 0.10
 # Of this CPU's float32 matrix product (measured when planning), what training, a forward pass in float32, and
 # llama.cpp's prompt processing and parallel decoding reach. Fitted to the default run (LOG.md, 2026-11-22).
-_CPU_TRAINING, _CPU_FORWARD, _CPU_PROMPT, _CPU_DECODE = 0.55, 0.75, 0.45, 0.10
+_CPU_TRAINING, _CPU_FORWARD, _CPU_PROMPT, _CPU_DECODE = 0.52, 0.8, 0.45, 0.18
 # llama.cpp reads all weights for each token of a single conversation, at about this rate, and needs as long again for
 # each layer's start and end.
 _MEMORY_BYTES_PER_SECOND, _SECONDS_PER_LAYER = 12e9, 0.27e-3
@@ -43,7 +43,12 @@ _CUDA_HOST_BYTES = 5 * GIBIBYTE
 # the slope of the same table, at 8B and at 70B.
 _LAYER_BYTES = 11.5
 _DOWNLOAD_BYTES_PER_SECOND = 50e6
-_IMATRIX_TOKENS = 4096  # export/importance.py measures on as many
+# Importance matrix: tokens it is measured on (export/importance.py), and what watching a layer costs beside its work.
+_IMATRIX_TOKENS, _IMATRIX_SECONDS_PER_LAYER = 2048, 0.057
+# Verify loads every file and asks it for the vocabulary and the templates.
+_VERIFY_SECONDS, _VERIFY_SECONDS_PER_FILE = 12.0, 10.0
+# Tokenizer libraries without a model, and a vocabulary's entry in them.
+_PREPARE_BYTES, _TOKEN_BYTES = 0.35 * GIBIBYTE, 1500
 
 _16_BIT_TYPES = ("F32", "F16", "BF16")
 
@@ -142,7 +147,7 @@ class Estimator:
         return StageEstimate(
             stage="prepare",
             seconds=_IMPORT_SECONDS + self.work.rows * per_row,
-            memory_bytes=int(0.85 * GIBIBYTE + 60 * self.work.rows),
+            memory_bytes=int(_PREPARE_BYTES + _TOKEN_BYTES * self.size.vocabulary + 60 * self.work.rows),
             disk_bytes=text,
         )
 
@@ -173,13 +178,16 @@ class Estimator:
         """Where training computes, on the GPU or in RAM: weights, adapter and optimizer, activations, the rest."""
         weights = self.size.weight_bytes(self.config.model.load_in_4bit, self.bytes_per_weight)
         activations = self.activation_bytes(batch_size, self.config.training.gradient_checkpointing)
-        held = weights + self._trainable_bytes() + activations
+        held = weights + self._trainable_bytes()
         if self.hardware.device == "cuda":
-            return held + _CUDA_BYTES
+            return held + activations + _CUDA_BYTES
         # Unsloth's GPU kernels compute the loss in pieces; on the CPU all logits are there, in three copies.
         rows = max(batch_size, self.config.training.eval_batch_size)
         logits = 3 * 4 * self.size.vocabulary * rows * self.work.longest_tokens
-        return held + logits + _IMPORT_TRAINING_BYTES
+        # The allocator keeps what steps of other lengths have freed (pipeline/run.py sets it so: 8 % faster).
+        steps = min(steps_of(self.config, max(1, self.work.train_rows)), 1000)
+        kept = max(1.0, 0.35 + 0.45 * math.log(steps))
+        return held + kept * (activations + logits) + _IMPORT_TRAINING_BYTES
 
     def activation_bytes(self, batch_size: int, checkpointing: bool) -> float:
         """What the forward pass keeps for the backward pass: one layer with recomputation, else all."""
@@ -192,7 +200,9 @@ class Estimator:
         files = [*export.quantizations, *([export.ship] if export.include_base else [])]
         seconds = sum(self._quantizing_seconds(name) for name in files)
         if export.imatrix == "auto":
-            measuring = 1.15 * 2 * self.size.parameters * _IMATRIX_TOKENS / (self.cpu_flops * _CPU_PROMPT)
+            measuring = 2 * self.size.parameters * _IMATRIX_TOKENS / (self.cpu_flops * _CPU_PROMPT)
+            sequences = _IMATRIX_TOKENS / max(1.0, min(self.work.mean_tokens, 512))
+            measuring += sequences * self.size.layers * _IMATRIX_SECONDS_PER_LAYER
             seconds += self._quantizing_seconds("Q4_K_M") + self.size.parameters * 2 / 1e9 + measuring
         return StageEstimate(
             stage="export",
@@ -202,7 +212,8 @@ class Estimator:
         )
 
     def verify(self) -> StageEstimate:
-        tokens = self.config.verify.prompts * self.work.mean_tokens
+        tokens = (self.config.verify.prompts + 1) * min(self.work.mean_tokens, 512)  # one more for the base
+        files = len(self.config.export.quantizations) + self.config.export.include_base
         forward = 2 * self.size.parameters * tokens / (self.cpu_flops * _CPU_FORWARD)
         prompts = len(self.config.export.quantizations) * 2 * self.size.parameters * tokens
         mapped = self.size.parameters * 2
@@ -210,7 +221,11 @@ class Estimator:
         widened = 4 * self.size.vocabulary * (self.size.hidden + 512)
         return StageEstimate(
             stage="verify",
-            seconds=12 + self.size.parameters * 4 / 1e9 * 2 + forward + prompts / (self.cpu_flops * _CPU_PROMPT),
+            seconds=_VERIFY_SECONDS
+            + files * _VERIFY_SECONDS_PER_FILE
+            + self.size.parameters * 4 / 1e9 * 2
+            + forward
+            + prompts / (self.cpu_flops * _CPU_PROMPT),
             memory_bytes=int(_IMPORT_BYTES + mapped + widened),
             mapped_bytes=mapped,
         )
@@ -242,17 +257,17 @@ class Estimator:
         seconds = 5.0
         for name in files:
             token = self.file_bytes(name) / _MEMORY_BYTES_PER_SECOND + self.size.layers * _SECONDS_PER_LAYER
-            seconds += 2 + repeats * (1.5 * prompt / (self.cpu_flops * _CPU_PROMPT) + bench.generated_tokens * token)
+            seconds += 2 + repeats * (1.2 * prompt / (self.cpu_flops * _CPU_PROMPT) + bench.generated_tokens * token)
         memory = max(self.file_bytes(name) for name in files) + 0.15 * GIBIBYTE
         if bench.transformers:
             token = 4 * self.size.parameters / _MEMORY_BYTES_PER_SECOND + self.size.layers * 5 * _SECONDS_PER_LAYER
-            seconds += _IMPORT_SECONDS + repeats * (1.5 * prompt / (self.cpu_flops * _CPU_FORWARD))
+            seconds += _IMPORT_SECONDS + repeats * (1.2 * prompt / (self.cpu_flops * _CPU_FORWARD))
             seconds += repeats * bench.generated_tokens * token
             memory = max(memory, _IMPORT_BYTES + 4 * self.size.parameters)
         return StageEstimate(stage="bench", seconds=seconds, memory_bytes=int(memory))
 
     def report(self) -> StageEstimate:
-        return StageEstimate(stage="report", seconds=3, memory_bytes=int(0.15 * GIBIBYTE), disk_bytes=MEBIBYTE)
+        return StageEstimate(stage="report", seconds=2, memory_bytes=int(0.09 * GIBIBYTE), disk_bytes=MEBIBYTE)
 
     def file_bytes(self, quantization: str) -> float:
         """About how large the GGUF gets."""

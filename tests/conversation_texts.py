@@ -92,4 +92,4 @@ def with_any_text(property_: Callable[..., None], **texts: st.SearchStrategy) ->
         profile = settings(max_examples=examples, deadline=None, suppress_health_check=allowed)
         return profile(given(**texts)(property_))
 
-    return test(50), pytest.mark.fuzz(test(300))
+    return test(15), pytest.mark.fuzz(test(300))

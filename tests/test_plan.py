@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from test_model_size import LLAMA_8B
 from tiny_models import save_model
 
+from pipeline.cli import cli
 from pipeline.config import Config, load_config
 from pipeline.errors import MedcotError
 from pipeline.hardware import GIBIBYTE, Hardware
@@ -164,10 +166,8 @@ def test_a_run_that_cannot_fit_is_not_begun(base: Path, tmp_path: Path) -> None:
 
 
 def test_plan_json_is_one_document_and_exits_with_the_verdict(base: Path) -> None:
-    command = [sys.executable, "-m", "pipeline.cli", "plan", "--set", f"model.base={base}", "--machine", "kaggle-p100"]
-    command += ["--set", "model.max_seq_length=4096"]
-    outcome = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
-    assert outcome.returncode == 1
+    arguments = ["plan", "--set", f"model.base={base}", "--set", "model.max_seq_length=4096", "--json"]
+    outcome = CliRunner().invoke(cli, [*arguments, "--machine", "kaggle-p100"])
+    assert isinstance(outcome.exception, MedcotError) and "compute capability 6.0" in str(outcome.exception)
     plan = Plan.model_validate_json(outcome.stdout)
     assert len(plan.problems) == 1 and plan.gpu_memory_bytes == 16 * GIBIBYTE
-    assert "compute capability 6.0" in outcome.stderr

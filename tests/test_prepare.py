@@ -251,7 +251,7 @@ JSON_VALUES = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     rows=st.lists(
         st.dictionaries(st.sampled_from(["Question", "Complex_CoT", "Response", "options", "answer_idx"]), JSON_VALUES)

@@ -39,7 +39,13 @@ def command(run_dir: Path, *arguments: str) -> list[str]:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    """The default run, killed with -9 after its first checkpoint and started again."""
+    """The default run, killed with -9 after its first checkpoint and started again.
+
+    MEDCOT_E2E_RUN names a finished run to examine instead, for whoever works on these tests.
+    """
+    if given := os.environ.get("MEDCOT_E2E_RUN"):
+        again = subprocess.run(command(Path(given)), cwd=ROOT, capture_output=True, text=True, check=True)
+        return FinishedRun(Path(given), again.stdout, again.stderr)
     run_dir = tmp_path_factory.mktemp("e2e") / "smollm2-cpu"
     process = subprocess.Popen(command(run_dir), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     checkpoints = run_dir / "adapter" / "checkpoints"
