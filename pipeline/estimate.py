@@ -31,6 +31,7 @@ _CPU_TRAINING, _CPU_FORWARD, _CPU_PROMPT, _CPU_DECODE = 0.52, 0.8, 0.45, 0.18
 _MEMORY_BYTES_PER_SECOND, _SECONDS_PER_LAYER = 12e9, 0.27e-3
 # Weights a second and core that ggml's quantizers do in 32-bit floats (shared FACTS, LOG.md).
 _QUANTIZED_PER_SECOND_AND_CORE = {"K": 9e6, "legacy": 40e6, "copy": 150e6}
+_QUANTIZED_WITH_IMATRIX = {"K": 2.4e6, "legacy": 4.6e6, "copy": 150e6}
 # Starting Python and importing: PyTorch and transformers; with Unsloth and TRL on top.
 _IMPORT_SECONDS, _IMPORT_TRAINING_SECONDS = 8.0, 20.0
 _IMPORT_BYTES, _IMPORT_TRAINING_BYTES = 0.62 * GIBIBYTE, 1.15 * GIBIBYTE
@@ -43,8 +44,7 @@ _CUDA_HOST_BYTES = 5 * GIBIBYTE
 # the slope of the same table, at 8B and at 70B.
 _LAYER_BYTES = 11.5
 _DOWNLOAD_BYTES_PER_SECOND = 50e6
-# Importance matrix: tokens it is measured on (export/importance.py), and what watching a layer costs beside its work.
-_IMATRIX_TOKENS, _IMATRIX_SECONDS_PER_LAYER = 2048, 0.057
+_IMATRIX_TOKENS = 2048  # that an importance matrix is measured on (export/importance.py)
 # Verify loads every file and asks it for the vocabulary and the templates.
 _VERIFY_SECONDS, _VERIFY_SECONDS_PER_FILE = 12.0, 10.0
 # Tokenizer libraries without a model, and a vocabulary's entry in them.
@@ -198,12 +198,13 @@ class Estimator:
     def export(self) -> StageEstimate:
         export = self.config.export
         files = [*export.quantizations, *([export.ship] if export.include_base else [])]
-        seconds = sum(self._quantizing_seconds(name) for name in files)
+        guided = export.imatrix != "none"
+        seconds = sum(self._quantizing_seconds(name, guided) for name in files)
         if export.imatrix == "auto":
             measuring = 2 * self.size.parameters * _IMATRIX_TOKENS / (self.cpu_flops * _CPU_PROMPT)
-            sequences = _IMATRIX_TOKENS / max(1.0, min(self.work.mean_tokens, 512))
-            measuring += sequences * self.size.layers * _IMATRIX_SECONDS_PER_LAYER
-            seconds += self._quantizing_seconds("Q4_K_M") + self.size.parameters * 2 / 1e9 + measuring
+            seconds += (
+                _IMPORT_SECONDS + self._quantizing_seconds("Q4_K_M", False) + self.size.parameters * 2 / 1e9 + measuring
+            )
         return StageEstimate(
             stage="export",
             seconds=3 + self.size.parameters * 2 / 1e9 + seconds,
@@ -290,11 +291,13 @@ class Estimator:
         """What has to be downloaded, unless it is here already: the base as its repository holds it."""
         return 0.0 if self.base_is_here else self.size.weight_bytes(self.size.stored_in_4bit, 2)
 
-    def _quantizing_seconds(self, quantization: str) -> float:
+    def _quantizing_seconds(self, quantization: str, guided: bool) -> float:
+        """``guided`` by an importance matrix, ggml's search takes several times as long; Q8_0 takes none."""
         kind = "copy" if quantization in _16_BIT_TYPES else "K" if self.size.hidden % 256 == 0 else "legacy"
         if quantization in ("Q8_0", "Q4_0"):
             kind = "legacy"
-        return self.size.parameters / (_QUANTIZED_PER_SECOND_AND_CORE[kind] * self.hardware.cores)
+        rates = _QUANTIZED_WITH_IMATRIX if guided and quantization != "Q8_0" else _QUANTIZED_PER_SECOND_AND_CORE
+        return self.size.parameters / (rates[kind] * self.hardware.cores)
 
     def _mapped_block(self) -> float:
         """Blocks of 2^24 weights in 32 bit: base, change, sum, and the quantized one."""

@@ -91,6 +91,8 @@ def test_what_llama_cpp_cannot_adapt_is_said_before_anything_is_written(
 
 _CONVERT = """
 import runpy, sys
+
+pytestmark = pytest.mark.broad
 source, base, adapter, out = sys.argv[1:]
 sys.argv = ["convert_lora_to_gguf.py", "--base", base, "--outfile", out, "--outtype", "f32", adapter]
 sys.path[:0] = [source, source + "/gguf-py"]

@@ -105,6 +105,7 @@ def child(code: str, *arguments: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
+@pytest.mark.broad
 def test_killed_at_any_moment_it_goes_on_and_gives_the_same_bytes(
     base: Path, adapter: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:

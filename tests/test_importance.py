@@ -179,10 +179,10 @@ def test_text_is_whole_examples_up_to_a_limit(model: Path) -> None:
     with GgufModel(model, n_ctx=128, n_threads=1) as loaded:
         chat_format = loaded.chat_format
         whole = {tuple(chat_format.encode(example).input_ids) for example in examples}
-        everything = training_sequences(chat_format, examples)
+        everything = training_sequences(chat_format, examples, tokens=4096)
         assert {tuple(sequence) for sequence in everything} == whole
-        assert everything == training_sequences(chat_format, examples)
-        assert everything != training_sequences(chat_format, examples, seed=1)
+        assert everything == training_sequences(chat_format, examples, tokens=4096)
+        assert everything != training_sequences(chat_format, examples, tokens=4096, seed=1)
         some = training_sequences(chat_format, examples, tokens=150)
         assert sum(map(len, some)) == 150 and [tuple(each) in whole for each in some[:-1]].count(False) == 0
         cut = training_sequences(chat_format, examples, max_length=10)

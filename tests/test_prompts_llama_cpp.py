@@ -33,6 +33,8 @@ from pipeline.base_model import load_tokenizer
 from pipeline.prompts import ChatFormat, Example, Message
 from pipeline.vocabulary import LlamaCppVocabulary, TransformersVocabulary
 
+pytestmark = pytest.mark.broad
+
 
 @dataclass(frozen=True)
 class Pair:

@@ -109,6 +109,7 @@ def test_an_importance_matrix_changes_two_rules() -> None:
         assert [tensor_type(file_type(name), tensor, (256, 512), shape).name for shape in shapes] == expected
 
 
+@pytest.mark.broad
 def test_an_importance_matrix_guides_types_and_bytes(tmp_path: Path) -> None:
     base = save_model(tmp_path / "base", hidden=256, feed_forward=256, layers=8, heads=8, kv_heads=1, head_dim=8)
     export_models(base, None, tmp_path, "m", ["F32"])

@@ -63,6 +63,7 @@ def test_a_4_bit_base_is_widened_from_its_codes(tmp_path: Path) -> None:
     assert error < 1e-3 < ((found - original).square().sum() / original.square().sum()).item()
 
 
+@pytest.mark.broad
 def test_the_weights_stay_mapped(tmp_path: Path) -> None:
     """A base of 100 MB in 16 bit takes less than half of that in memory of the process's own."""
     base = save_model(tmp_path / "base", hidden=512, feed_forward=2048, layers=10, heads=8, vocabulary=8000, tied=False)

@@ -90,6 +90,7 @@ def test_a_child_that_dies_is_a_failed_check(
     assert "died (signal" in result.checks[0].detail
 
 
+@pytest.mark.broad
 @pytest.mark.skipif(not SHARED.is_dir(), reason="../shared with the real tokenizers is not here")
 @pytest.mark.parametrize(
     ("tokenizer", "size"), [("deepseek-r1-distill-llama-8b", 128256), ("tinyllama-1.1b-chat", 32000)]
