@@ -27,6 +27,8 @@ from export.export import export_models
 from export.merged_weights import WeightedAdapter, parse_adapter
 from pipeline.errors import MedcotError
 
+pytestmark = pytest.mark.broad
+
 IDS = [1, 17, 203, 5, 99, 340, 12, 12, 77, 250, 31, 8, 301, 64, 2, 150]
 
 

@@ -15,6 +15,8 @@ from export.export import export_models
 from export.gguf_model import GgufModel
 from pipeline.prompts import Example
 
+pytestmark = pytest.mark.broad
+
 RECORD = {"question": "Is 5 mg enough?", "reasoning": "Probably it is.", "answer": "Yes, it is."}
 
 

@@ -333,6 +333,8 @@ import ctypes, json, sys
 from pathlib import Path
 import llama_cpp, numpy as np
 from export.importance_file import read_importance
+
+pytestmark = pytest.mark.broad
 source, importance, jobs = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 matrix = read_importance(Path(importance))
 values = {name: np.ascontiguousarray(matrix.of(name)) for name in matrix.matrices}

@@ -19,6 +19,8 @@ from export.quant_types import FILE_TYPES
 from pipeline.errors import MedcotError
 from pipeline.results import ExportedModels
 
+pytestmark = pytest.mark.broad
+
 WITH_MATRIX = ["Q4_K_M", "Q3_K_M", "IQ4_XS", "Q4_0"]
 
 

@@ -53,7 +53,11 @@ def assert_libllamas(folder: Path, names: list[str], importance: Path | None = N
         assert ("quantize.imatrix.entries_count" in ours) == (importance is not None)
 
 
-@pytest.mark.parametrize("model", MODELS, ids=str)
+@pytest.mark.parametrize(
+    "model",
+    [name if index == 0 else pytest.param(name, marks=pytest.mark.broad) for index, name in enumerate(MODELS)],
+    ids=str,
+)
 def test_types_and_bytes_are_libllamas(model: str, tmp_path: Path) -> None:
     base = save_model(tmp_path / "base", **MODELS[model])
     export_models(base, None, tmp_path, "m", ["F32", *QUANTIZED])
