@@ -14,6 +14,9 @@ from export.export import export_models
 from export.merged_weights import WeightedAdapter
 from pipeline.errors import MedcotError
 
+pytestmark = pytest.mark.broad
+
+
 IDS = [1, 17, 203, 5, 99, 340, 12, 12, 77, 250, 31, 8, 301, 64, 2, 150]
 
 
@@ -91,8 +94,6 @@ def test_what_llama_cpp_cannot_adapt_is_said_before_anything_is_written(
 
 _CONVERT = """
 import runpy, sys
-
-pytestmark = pytest.mark.broad
 source, base, adapter, out = sys.argv[1:]
 sys.argv = ["convert_lora_to_gguf.py", "--base", base, "--outfile", out, "--outtype", "f32", adapter]
 sys.path[:0] = [source, source + "/gguf-py"]

@@ -29,6 +29,7 @@ from pipeline.errors import MedcotError
 
 pytestmark = pytest.mark.broad
 
+
 IDS = [1, 17, 203, 5, 99, 340, 12, 12, 77, 250, 31, 8, 301, 64, 2, 150]
 
 

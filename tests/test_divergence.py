@@ -17,6 +17,7 @@ from pipeline.prompts import Example
 
 pytestmark = pytest.mark.broad
 
+
 RECORD = {"question": "Is 5 mg enough?", "reasoning": "Probably it is.", "answer": "Yes, it is."}
 
 

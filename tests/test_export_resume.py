@@ -28,6 +28,9 @@ from export.merged_weights import WeightedAdapter
 from pipeline.artifacts import artifact_files
 from pipeline.errors import MedcotError
 
+pytestmark = pytest.mark.broad
+
+
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ["m-F16.gguf", "m-Q4_0.gguf", "m-base-Q8_0.gguf"]
 CHILD = """
@@ -404,8 +407,6 @@ def test_shards_whose_tensors_are_written_are_not_fetched_again(hub: HubServer, 
 FAULTS = """
 import contextlib, io, json, sys
 from pipeline import cli
-
-pytestmark = pytest.mark.broad
 found = {}
 for name, arguments in json.loads(sys.argv[1]).items():
     sys.argv = ["medcot", "export", *arguments]

@@ -26,6 +26,9 @@ from export.importance_probe import REQUEST_NAME, Request, SquareSums, _Evaluato
 from pipeline.errors import MedcotError
 from pipeline.prompts import Example
 
+pytestmark = pytest.mark.broad
+
+
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = {
     "self_attn.q_proj": "attn_q",
@@ -333,8 +336,6 @@ import ctypes, json, sys
 from pathlib import Path
 import llama_cpp, numpy as np
 from export.importance_file import read_importance
-
-pytestmark = pytest.mark.broad
 source, importance, jobs = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 matrix = read_importance(Path(importance))
 values = {name: np.ascontiguousarray(matrix.of(name)) for name in matrix.matrices}

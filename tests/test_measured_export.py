@@ -21,6 +21,7 @@ from pipeline.results import ExportedModels
 
 pytestmark = pytest.mark.broad
 
+
 WITH_MATRIX = ["Q4_K_M", "Q3_K_M", "IQ4_XS", "Q4_0"]
 
 

@@ -30,6 +30,7 @@ from pipeline.train import _save_adapter
 
 pytestmark = pytest.mark.broad
 
+
 SYSTEM = "You are a careful physician."
 EXAMPLES = [Example("A 54-year-old has chest pain. What next?", "Think of the heart first.", "An ECG.")]
 THRESHOLDS = VerifyConfig.model_validate({"min_top1_agreement": 0.95})

@@ -22,6 +22,7 @@ from pipeline.results import Check, ExportedModels, Verification
 
 pytestmark = pytest.mark.broad
 
+
 EXAMPLES = [
     Example("A 54-year-old has chest pain. What next?", "Think of the heart first.", "An ECG."),
     Example("Is </think> 250 mg\n\n  of <|im_end|> metformin enough?", "It depends on the kidney.", "Often."),
