@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from bench import statistics
 from export.gguf_model import GgufModel
+from export.verify_logits import kl_divergence, log_softmax
 from pipeline.errors import MedcotError
 from pipeline.prompts import EncodedExample
 from pipeline.results import Estimate
@@ -52,12 +53,11 @@ def divergence(
     reference: npt.NDArray[np.float32], other: npt.NDArray[np.float32], following: npt.NDArray[np.int64]
 ) -> Divergence:
     """Compare two models' logits [positions, vocabulary]; ``following`` [positions] are the tokens that came next."""
-    log_p, log_q = _log_softmax(reference), _log_softmax(other)
-    kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1, dtype=np.float64)
+    log_p, log_q = log_softmax(reference), log_softmax(other)
     return Divergence(
         tokens=len(following),
         nll=float(-log_q[np.arange(len(following)), following].sum(dtype=np.float64)),
-        kl=float(kl.sum()),
+        kl=float(kl_divergence(log_p, log_q).sum()),
         same_top=int((reference.argmax(axis=1) == other.argmax(axis=1)).sum()),
     )
 
@@ -97,9 +97,3 @@ def mean_per_token(sums: Sequence[float], tokens: Sequence[int]) -> Estimate:
     """Token-weighted mean over records; of paired differences too, where a sum may be negative."""
     ratio = statistics.perplexity(sums, tokens)  # exp of what is wanted, with its interval
     return Estimate(value=math.log(ratio.value), low=math.log(ratio.low), high=math.log(ratio.high), n=ratio.n)
-
-
-def _log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    result: npt.NDArray[np.float32] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return result

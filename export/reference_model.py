@@ -7,11 +7,12 @@ An 8B model takes some 5 GB of memory of its own instead of 32 (LOG.md, 2026-11-
 
 from __future__ import annotations
 
-import json
 import re
 import types
 from pathlib import Path
 from typing import Any
+
+from export.weights import read_json
 
 
 def load_reference(base: Path, adapter: Path | None) -> Any:
@@ -101,5 +102,5 @@ def _embedding_rows(adapter: Path) -> int | None:
 
 def _adapter_settings(adapter: Path | None) -> dict[str, Any]:
     path = adapter / "adapter_config.json" if adapter else None
-    settings: dict[str, Any] = json.loads(path.read_text()) if path and path.is_file() else {}
+    settings: dict[str, Any] = read_json(path) if path and path.is_file() else {}
     return settings

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 Logits = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.floating[Any]]
 
 _BLOCK_LOGITS = 1 << 21  # widened to float64 at a time: 16 positions of a vocabulary of 128k
 
@@ -48,8 +50,8 @@ class LogitComparison:
             self._difference += float(np.square(a - b).sum())
             self._power += float(np.square(a).sum())
             self._compare_top(a.argmax(axis=1), b.argmax(axis=1), sequence, block.start)
-            log_p, log_q = _log_softmax(a), _log_softmax(b)
-            self._kl.append((np.exp(log_p) * (log_p - log_q)).sum(axis=1))
+            log_p, log_q = log_softmax(a), log_softmax(b)
+            self._kl.append(kl_divergence(log_p, log_q))
 
     @property
     def kl(self) -> npt.NDArray[np.float64]:
@@ -97,7 +99,7 @@ def mean_kl(expected: Logits, found: Logits) -> float:
 
 def probability(logits: Logits, token: int) -> float:
     """Of one token, from the logits [vocabulary] of one position."""
-    return float(np.exp(_log_softmax(logits[None].astype(np.float64))[0, token]))
+    return float(np.exp(log_softmax(logits[None].astype(np.float64))[0, token]))
 
 
 def load_logits(path: Path) -> Logits:
@@ -111,7 +113,14 @@ def _blocks(positions: int, vocabulary: int) -> Iterable[slice]:
     return (slice(start, start + step) for start in range(0, positions, step))
 
 
-def _log_softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def kl_divergence(log_p: Floats, log_q: Floats) -> npt.NDArray[np.float64]:
+    """Of every position (nats), from log-probabilities [positions, vocabulary], the reference's first."""
+    kl: npt.NDArray[np.float64] = (np.exp(log_p) * (log_p - log_q)).sum(axis=1, dtype=np.float64)
+    return kl
+
+
+def log_softmax(logits: Floats) -> Floats:
+    """Log-probabilities [positions, vocabulary] in the logits' own precision."""
     shifted = logits - logits.max(axis=1, keepdims=True)
-    normalized: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    normalized: Floats = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return normalized

@@ -50,7 +50,7 @@ _VERIFY_SECONDS, _VERIFY_SECONDS_PER_FILE = 12.0, 10.0
 # Tokenizer libraries without a model, and a vocabulary's entry in them.
 _PREPARE_BYTES, _TOKEN_BYTES = 0.35 * GIBIBYTE, 1500
 
-_16_BIT_TYPES = ("F32", "F16", "BF16")
+UNQUANTIZED = ("F32", "F16", "BF16")
 
 
 class Workload(BaseModel):
@@ -164,7 +164,7 @@ class Estimator:
         else:
             speed = self.cpu_flops * _CPU_TRAINING
         download = self._base_bytes()
-        loading = _IMPORT_TRAINING_SECONDS + self._base_bytes() / 1e9
+        loading = _IMPORT_TRAINING_SECONDS + download / 1e9
         return StageEstimate(
             stage="train",
             seconds=None if speed is None else loading + download / _DOWNLOAD_BYTES_PER_SECOND + operations / speed,
@@ -197,9 +197,8 @@ class Estimator:
 
     def export(self) -> StageEstimate:
         export = self.config.export
-        files = [*export.quantizations, *([export.ship] if export.include_base else [])]
         guided = export.imatrix != "none"
-        seconds = sum(self._quantizing_seconds(name, guided) for name in files)
+        seconds = sum(self._quantizing_seconds(name, guided) for name in self._files)
         if export.imatrix == "auto":
             measuring = 2 * self.size.parameters * _IMATRIX_TOKENS / (self.cpu_flops * _CPU_PROMPT)
             seconds += (
@@ -209,12 +208,11 @@ class Estimator:
             stage="export",
             seconds=3 + self.size.parameters * 2 / 1e9 + seconds,
             memory_bytes=int(0.3 * GIBIBYTE + self.size.trained(self.config.lora) * 4 + 1.2 * self._mapped_block()),
-            disk_bytes=int(sum(self.file_bytes(name) for name in files)),
+            disk_bytes=int(sum(self.file_bytes(name) for name in self._files)),
         )
 
     def verify(self) -> StageEstimate:
         tokens = (self.config.verify.prompts + 1) * min(self.work.mean_tokens, 512)  # one more for the base
-        files = len(self.config.export.quantizations) + self.config.export.include_base
         forward = 2 * self.size.parameters * tokens / (self.cpu_flops * _CPU_FORWARD)
         prompts = len(self.config.export.quantizations) * 2 * self.size.parameters * tokens
         mapped = self.size.parameters * 2
@@ -223,7 +221,7 @@ class Estimator:
         return StageEstimate(
             stage="verify",
             seconds=_VERIFY_SECONDS
-            + files * _VERIFY_SECONDS_PER_FILE
+            + len(self._files) * _VERIFY_SECONDS_PER_FILE
             + self.size.parameters * 4 / 1e9 * 2
             + forward
             + prompts / (self.cpu_flops * _CPU_PROMPT),
@@ -239,7 +237,9 @@ class Estimator:
         written = rows * (min(1.3 * self.work.mean_completion_tokens, evaluation.max_new_tokens))
         written += (models - 1) * rows * 0.8 * evaluation.max_new_tokens
         read = models * rows * 2 * self.work.mean_tokens
-        decoding = max(self.cpu_flops * _CPU_DECODE / (2 * self.size.parameters), 1 / self._token_seconds())
+        decoding = max(
+            self.cpu_flops * _CPU_DECODE / (2 * self.size.parameters), 1 / self._token_seconds(self.config.export.ship)
+        )
         reading = 2 * self.size.parameters * read / (self.cpu_flops * _CPU_PROMPT)
         return StageEstimate(
             stage="evaluate",
@@ -249,17 +249,13 @@ class Estimator:
 
     def bench(self) -> StageEstimate:
         bench = self.config.bench
-        files = [
-            *self.config.export.quantizations,
-            *([self.config.export.ship] if self.config.export.include_base else []),
-        ]
         repeats = bench.repeats + 1
         prompt = 2 * self.size.parameters * bench.prompt_tokens
         seconds = 5.0
-        for name in files:
-            token = self.file_bytes(name) / _MEMORY_BYTES_PER_SECOND + self.size.layers * _SECONDS_PER_LAYER
+        for name in self._files:
+            token = self._token_seconds(name)
             seconds += 2 + repeats * (1.2 * prompt / (self.cpu_flops * _CPU_PROMPT) + bench.generated_tokens * token)
-        memory = max(self.file_bytes(name) for name in files) + 0.15 * GIBIBYTE
+        memory = max(self.file_bytes(name) for name in self._files) + 0.15 * GIBIBYTE
         if bench.transformers:
             token = 4 * self.size.parameters / _MEMORY_BYTES_PER_SECOND + self.size.layers * 5 * _SECONDS_PER_LAYER
             seconds += _IMPORT_SECONDS + repeats * (1.2 * prompt / (self.cpu_flops * _CPU_FORWARD))
@@ -269,6 +265,12 @@ class Estimator:
 
     def report(self) -> StageEstimate:
         return StageEstimate(stage="report", seconds=2, memory_bytes=int(0.09 * GIBIBYTE), disk_bytes=MEBIBYTE)
+
+    @property
+    def _files(self) -> list[str]:
+        """The type of every GGUF that export writes."""
+        export = self.config.export
+        return [*export.quantizations, *([export.ship] if export.include_base else [])]
 
     def file_bytes(self, quantization: str) -> float:
         """About how large the GGUF gets."""
@@ -293,7 +295,7 @@ class Estimator:
 
     def _quantizing_seconds(self, quantization: str, guided: bool) -> float:
         """``guided`` by an importance matrix, ggml's search takes several times as long; Q8_0 takes none."""
-        kind = "copy" if quantization in _16_BIT_TYPES else "K" if self.size.hidden % 256 == 0 else "legacy"
+        kind = "copy" if quantization in UNQUANTIZED else "K" if self.size.hidden % 256 == 0 else "legacy"
         if quantization in ("Q8_0", "Q4_0"):
             kind = "legacy"
         rates = _QUANTIZED_WITH_IMATRIX if guided and quantization != "Q8_0" else _QUANTIZED_PER_SECOND_AND_CORE
@@ -303,10 +305,9 @@ class Estimator:
         """Blocks of 2^24 weights in 32 bit: base, change, sum, and the quantized one."""
         return 4 * 4 * min(1 << 24, self.size.parameters)
 
-    def _token_seconds(self) -> float:
+    def _token_seconds(self, quantization: str) -> float:
         """Seconds a token of one conversation takes under llama.cpp."""
-        weights = self.file_bytes(self.config.export.ship)
-        return weights / _MEMORY_BYTES_PER_SECOND + self.size.layers * _SECONDS_PER_LAYER
+        return self.file_bytes(quantization) / _MEMORY_BYTES_PER_SECOND + self.size.layers * _SECONDS_PER_LAYER
 
 
 # Bits a weight of the matrices in each file type, K-quants' mixtures included (llama.cpp's tools/quantize/README.md).

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pipeline.choices import largest_batch
 from pipeline.config import Config
-from pipeline.estimate import Estimator, StageEstimate, Workload
+from pipeline.estimate import UNQUANTIZED, Estimator, StageEstimate, Workload
 from pipeline.hardware import GIBIBYTE, Hardware
 from pipeline.machines import quota
 from pipeline.survey import Survey
@@ -146,7 +146,7 @@ def _memory_advice(config: Config, stage: StageEstimate, estimator: Estimator, h
 
 
 def _disk_advice(config: Config) -> str:
-    large = [name for name in config.export.quantizations if name in ("F32", "F16", "BF16")]
+    large = [name for name in config.export.quantizations if name in UNQUANTIZED]
     if large and len(config.export.quantizations) > 1:
         return f"leave {large[0]} out of export.quantizations, or free some space"
     if config.export.include_base:

@@ -12,20 +12,18 @@ from pipeline.errors import MedcotError
 from pipeline.hardware import GIBIBYTE, Hardware
 
 _T4_MEMORY = int(14.6 * GIBIBYTE)  # of 16 GB, what CUDA reports as total
-KAGGLE_KEPT_BYTES = int(19.5 * GIBIBYTE)
 
 
 @dataclass(frozen=True)
 class Quota:
-    """What a service takes away: hours until the session ends, and bytes of the folder that outlives it."""
+    """What a service takes away: hours until the session ends, and the sentence that says so."""
 
     session_hours: float
-    kept_bytes: int | None
     note: str
 
 
-_KAGGLE = Quota(12, KAGGLE_KEPT_BYTES, "Kaggle ends a session after 12 hours and keeps 19.5 GiB of /kaggle/working")
-_COLAB = Quota(12, None, "free Colab ends a session after at most 12 hours, often earlier, and keeps nothing")
+_KAGGLE = Quota(12, "Kaggle ends a session after 12 hours and keeps 19.5 GiB of /kaggle/working")
+_COLAB = Quota(12, "free Colab ends a session after at most 12 hours, often earlier, and keeps nothing")
 
 
 def _cloud(
