@@ -219,7 +219,8 @@ def _verification(run: Run, page: Page) -> Part:
     part = _part(section, "Verification", "Not verified: nothing shows yet that the GGUF says what was trained.")
     if run.verified is None or not run.verified.files:
         return part
-    return replace(part, tables=(*part.tables, _quantization_loss(run.verified)))
+    # The report's tables, but for the one of the predictions, which the card shows with all its figures.
+    return replace(part, tables=(*part.tables[-1:], _quantization_loss(run.verified)))
 
 
 def _quantization_loss(verified: Verification) -> Table:

@@ -17,8 +17,9 @@ import gguf
 import numpy as np
 
 from export.quant_types import ModelShape
-from export.weights import FloatRows, RowIndices, check_quantization, read_json
+from export.weights import FloatRows, RowIndices, check_quantization
 from pipeline.errors import MedcotError
+from pipeline.json_files import read_json
 
 # Tensors that some checkpoints carry and no model reads.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)

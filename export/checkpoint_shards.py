@@ -5,13 +5,13 @@ One ``model.safetensors``, or the shards that ``model.safetensors.index.json`` n
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from export.safetensors_file import ByteArray, SafetensorsFile, StoredTensor
 from pipeline.errors import MedcotError
+from pipeline.json_files import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -81,25 +81,6 @@ def check_index(index: Mapping[str, Any] | None, origin: str, shards: Mapping[st
             raise MedcotError(
                 f"{origin}/{file_name} lacks tensor {name}, which {INDEX_NAME} promises: download it again."
             )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises MedcotError when it is absent or not one."""
-    try:
-        return json_object(path.read_bytes(), path)
-    except OSError as error:
-        raise MedcotError(f"{path} cannot be read: {error.strerror}.") from error
-
-
-def json_object(content: bytes, origin: Path | str) -> dict[str, Any]:
-    """A JSON object from bytes; ``origin`` names them in the error."""
-    try:
-        value = json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise MedcotError(f"{origin} is not valid JSON ({error}): download it again.") from error
-    if not isinstance(value, dict):
-        raise MedcotError(f"{origin} holds a JSON {type(value).__name__}, not an object: it is not what it should be.")
-    return value
 
 
 def _indexed_names(index: Mapping[str, Any], origin: str) -> list[str]:

@@ -116,8 +116,11 @@ class GgufModel:
         return self.vocabulary.control_tokens[self.chat_format.end_of_turn]
 
     def tokenize_like_llama_cpp(self, text: str) -> list[int]:
-        """The whole text as llama.cpp's own tools tokenize it: control tokens recognised, BOS not added."""
-        return list(self._llama.tokenize(text.encode(), add_bos=False, special=True))
+        """The whole text as llama.cpp's own tools tokenize it: control tokens recognised, BOS not added.
+
+        Brought into the vocabulary's Unicode form first, which those tools leave to whoever writes the text.
+        """
+        return list(self._llama.tokenize(self.vocabulary.normalized(text).encode(), add_bos=False, special=True))
 
     def logits(self, ids: Sequence[int], chunk: int = 64) -> Generator[npt.NDArray[np.float32], None, None]:
         """Next-token logits at every position of ``ids``, as consecutive blocks [<= chunk, n_vocab].

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from export.checkpoint_shards import INDEX_NAME, LocalShard, Shard, check_index, json_object, shard_names
+from export.checkpoint_shards import INDEX_NAME, LocalShard, Shard, check_index, shard_names
 from export.hub_files import DownloadProgress, HubFile, HubRepository
 from export.safetensors_file import ByteArray, SafetensorsFile, StoredTensor, read_header
 from pipeline.errors import MedcotError
+from pipeline.json_files import json_object
 
 # Most headers fit (a quarter of a megabyte holds some 2,000 tensors); a longer one costs a second request.
 _FIRST_READ_BYTES = 1 << 18

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from export.tensor_change import LowRankChange, Magnitude, Replacement, TensorChange, TokenRows, as_matrix
-from export.weights import FloatRows, SafetensorsFile, read_json
+from export.weights import FloatRows, SafetensorsFile
 from pipeline.errors import MedcotError
+from pipeline.json_files import read_json
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from export.architecture import EMBEDDING, OUTPUT, Architecture
 from export.lora import LoraAdapter
 from export.tensor_change import RowReader, Rows, TensorChange
@@ -75,7 +77,8 @@ class MergedWeights:
             return applied[0].change.rows(rows, base, count)
         values = start = base(rows)
         for one in applied:
-            values = values + _weighted_difference(one, rows, start, base, count)
+            difference = _weighted_difference(one, rows, start, base, count)
+            values = np.add(values, difference, out=difference)
         return values
 
     def _base_rows(self, name: str, rows: Rows) -> FloatRows:

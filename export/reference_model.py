@@ -12,7 +12,7 @@ import types
 from pathlib import Path
 from typing import Any
 
-from export.weights import read_json
+from pipeline.json_files import read_json
 
 
 def load_reference(base: Path, adapter: Path | None) -> Any:

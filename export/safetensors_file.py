@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-import threading
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +61,6 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = threading.Lock()
         try:
             size = path.stat().st_size
             self._stream = path.open("rb", buffering=0)
@@ -102,13 +101,11 @@ class SafetensorsFile:
         content = np.empty(end - begin, dtype=np.uint8)
         done = 0
         try:
-            with self._lock:
-                self._stream.seek(begin)
-                while done < content.size:
-                    got = self._stream.readinto(content[done:].data)
-                    if not got:
-                        raise MedcotError(f"{self.path} became shorter while it was read: download it again.")
-                    done += got
+            while done < content.size:
+                got = os.preadv(self._stream.fileno(), [content[done:].data], begin + done)
+                if not got:
+                    raise MedcotError(f"{self.path} became shorter while it was read: download it again.")
+                done += got
         except OSError as error:
             raise MedcotError(f"{self.path} cannot be read: {error.strerror}.") from error
         return content

@@ -35,7 +35,8 @@ class LowRankChange:
     def rows(self, rows: Rows) -> FloatRows:
         """The chosen rows of the change, float32 [n, columns]."""
         change = self.b[rows] @ self.a
-        change *= np.float32(self.scale)
+        if self.scale != 1.0:
+            change *= np.float32(self.scale)
         return change
 
     def equals(self, other: LowRankChange | None) -> bool:
@@ -164,7 +165,11 @@ class TensorChange:
 
     def _sum(self, rows: Rows, base: RowReader) -> FloatRows:
         values = base(rows) if self.start is None else self.start.rows(rows)
-        return values if self.low_rank is None else values + self.low_rank.rows(rows)
+        if self.low_rank is None:
+            return values
+        change = self.low_rank.rows(rows)
+        # Into the change, which is nobody else's; the base's rows may go into another file as they are.
+        return np.add(values, change, out=change)
 
     def _column_norms(self, base: RowReader, count: int) -> FloatRows:
         """Length of every column of the sum; it needs one pass over the whole tensor, which is made once."""

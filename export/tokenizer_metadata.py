@@ -15,13 +15,12 @@ from typing import Any
 import gguf
 from gguf import TokenType
 
-from export.weights import read_json
 from pipeline.errors import MedcotError
+from pipeline.json_files import read_json
 from pipeline.prompts import ChatFormat
+from pipeline.vocabulary import NORMALIZER_KEY
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-# A key of our own: ``_pre_tokenizer_name`` lets one normalizer pass, and whoever chats can apply it.
-NORMALIZER_KEY = "medcot.normalizer"
 _SPECIAL_ROLES = ("bos", "eos", "unk", "pad")
 _ADDED_SCORE = -1000.0
 _PADDING_SCORE = -10000.0
@@ -69,8 +68,8 @@ class Vocabulary:
         if self.normalizer is None:
             return []
         return [
-            f"The tokenizer brings text into the Unicode form {self.normalizer} first, llama.cpp does not: give it "
-            "composed characters (é as one, not as e and an accent)."
+            f"The tokenizer brings text into the Unicode form {self.normalizer} first; medcot does so too, other "
+            "programs do not: give them composed characters (é as one, not as e and an accent)."
         ]
 
     def add_metadata(self, writer: gguf.GGUFWriter) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from export.bitsandbytes_4bit import FourBitTensor, read_four_bit, state_names
-from export.checkpoint_shards import INDEX_NAME, SINGLE_NAME, Shard, local_shards, read_json
+from export.checkpoint_shards import INDEX_NAME, SINGLE_NAME, Shard, local_shards
 from export.safetensors_file import ByteArray, FloatRows, RowIndices, SafetensorsFile, StoredTensor
 from pipeline.errors import MedcotError
 
@@ -35,7 +35,6 @@ __all__ = [
     "StoredTensor",
     "check_quantization",
     "open_base",
-    "read_json",
 ]
 
 _CHECKED_AT_A_TIME = 1 << 16  # values; a block that stays in a core's cache
@@ -91,6 +90,11 @@ class BaseWeights:
             f"{self.origin} has no tensor {name}: the checkpoint is incomplete or its config.json "
             "belongs to another model. Download it again."
         )
+
+    def shard_of(self, name: str) -> Shard:
+        """The file that holds the tensor."""
+        self.stored(name)
+        return self._shard_of[name]
 
     def plan(self, names: Iterable[str]) -> None:
         """Only these tensors will be asked for: a shard is done with once all of them that it holds are released."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from pipeline.config import LoraConfig
 from pipeline.errors import MedcotError
+from pipeline.json_files import read_json
 
 # NF4 with double quantization: 4 bits, a byte of scale per 64 weights, 4 bytes per 256 scales (QLoRA, Dettmers et
 # al. 2023, section 3).
@@ -36,17 +36,7 @@ class ModelSize:
     def of(cls, base: Path) -> ModelSize:
         """Read ``config.json`` of a Llama-shaped model; raises MedcotError when something is missing."""
         path = base / "config.json"
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise MedcotError(
-                f"{path} cannot be read ({error.strerror}): give a model with its config.json."
-            ) from error
-        except (UnicodeDecodeError, ValueError, RecursionError) as error:
-            raise MedcotError(f"{path} is not valid JSON ({error}): download it again.") from error
-        if not isinstance(config, dict):
-            raise MedcotError(f"{path} does not hold a model's settings: download it again.")
-        return cls.from_config(config, path)
+        return cls.from_config(read_json(path), path)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], origin: Path | str = "config.json") -> ModelSize:

@@ -19,6 +19,8 @@ from pipeline.errors import MedcotError
 _ANCHOR = "\n"
 _SHORT = 100  # characters
 _SPACE_MARK = "\u2581"  # SentencePiece's mark for a space
+# A GGUF key of our own: the Unicode form that the tokenizer brings text into first (Qwen2: NFC) and llama.cpp does not.
+NORMALIZER_KEY = "medcot.normalizer"
 
 
 class TransformersVocabulary:
@@ -92,6 +94,11 @@ class LlamaCppVocabulary:
 
         vocab = llama_cpp.llama_model_get_vocab(llama.model)
         self._llama = llama
+        self._unicode_form = llama.metadata.get(NORMALIZER_KEY)
+        if self._unicode_form not in (None, "NFC"):
+            raise MedcotError(
+                f"The GGUF's {NORMALIZER_KEY} is {self._unicode_form!r}, and medcot writes NFC: export again."
+            )
         self._cuts: dict[str, int] = {}
         # CONTROL, USER_DEFINED and UNKNOWN tokens are the ones llama.cpp cuts out of text before merging.
         user_defined = llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
@@ -120,7 +127,12 @@ class LlamaCppVocabulary:
             raise MedcotError("The GGUF names no end-of-turn token (tokenizer.ggml.eos_token_id): export it again.")
         self.eos_token: str = texts[eos]
 
+    def normalized(self, text: str) -> str:
+        """``text`` as the tokenizer that trained would see it."""
+        return unicodedata.normalize(self._unicode_form, text) if self._unicode_form else text
+
     def encode_text(self, text: str, *, after_text: bool) -> list[int]:
+        text = self.normalized(text)
         if after_text:
             return _after_anchor(self, text)
         # llama.cpp recognises USER_DEFINED tokens even where special tokens are off, so text that spells one is

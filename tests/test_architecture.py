@@ -253,14 +253,10 @@ def test_the_rule_that_cuts_text_has_llama_cpps_name(split: str, adds_bos: bool,
     ids=["R1-Distill-Qwen", "Mistral Nemo"],
 )
 def test_a_family_with_its_tokenizer_passes_verification(
-    architecture: str, split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    architecture: str, split: str, tmp_path: Path
 ) -> None:
-    """Tokens, template and logits, as the verify stage compares them.
-
-    transformers composes accents (NFC) for Qwen2, llama.cpp never does: only composed text is the same to both.
-    """
-    composed = [unicodedata.normalize("NFC", text) for text in verify.STRESS_TEXTS]
-    monkeypatch.setattr(verify, "STRESS_TEXTS", composed)
+    """Tokens, template and logits, as the verify stage compares them; the texts include accents that Qwen2 composes."""
+    assert any(unicodedata.normalize("NFC", text) != text for text in verify.STRESS_TEXTS)
     size = save_tokenizer(tmp_path / "base", split, adds_bos=True, composes=architecture == "qwen2")
     base = save_model(tmp_path / "base", architecture=architecture, vocabulary=size, layers=1)
     adapter = save_adapter(tmp_path / "adapter", base)

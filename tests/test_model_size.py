@@ -73,7 +73,7 @@ def test_counts_are_those_of_the_built_model(kind: str, tied: bool) -> None:
     ("content", "message"),
     [
         ("{", "not valid JSON"),
-        ("[1]", "does not hold a model's settings"),
+        ("[1]", "holds a JSON list, not an object"),
         ("{}", "hidden_size must be a positive whole number, found None"),
         (json.dumps(LLAMA_8B | {"num_hidden_layers": "32"}), "num_hidden_layers must be"),
         (json.dumps(LLAMA_8B | {"num_attention_heads": 0}), "num_attention_heads must be"),
