@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from export.adapter_gguf import AdapterType, check_expressible, write_adapter_gguf
 from export.architecture import Architecture, ModelTensor, read_architecture
 from export.base_match import base_mismatch
-from export.fingerprint import export_fingerprint
+from export.fingerprint import export_fingerprint, model_fingerprint
 from export.gguf_file import GgufPlan
 from export.importance_file import ImportanceMatrix
 from export.measured_export import export_with_imatrix, measuring_text
@@ -82,7 +82,9 @@ def export(config: Config, inputs: dict[str, Path], out_dir: Path) -> ExportedMo
             lambda: measuring_text(
                 tokenizer_folder(folder, inputs["train"]), inputs["prepare"] / TRAIN_FILE, config.prompt.system
             ),
+            lambda: model_fingerprint(folder, weights, [WeightedAdapter(inputs["train"])]),
             bar.measured,
+            bar.note,
         )
 
 

@@ -39,6 +39,11 @@ def export_fingerprint(
     )
 
 
+def model_fingerprint(base: Path, weights: BaseWeights, adapters: Sequence[WeightedAdapter]) -> str:
+    """SHA-256 over what the merged weights are made of; as in ``export_fingerprint``."""
+    return sha256_json({"base": _base(base, weights), "adapters": [_adapter(adapter) for adapter in adapters]})
+
+
 def _planned(plan: GgufPlan) -> list[Any]:
     return [hashlib.sha256(plan.head).hexdigest(), plan.importance and _importance(plan.importance)]
 

@@ -24,6 +24,7 @@ _COUNTS = ".counts"
 _DATASETS = "imatrix.datasets"
 _CHUNK_COUNT = "imatrix.chunk_count"
 _CHUNK_SIZE = "imatrix.chunk_size"
+_MEASURED_FROM = "medcot.measured_from"
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,14 @@ class ImportanceMatrix:
     """Activations by the GGUF name of the matrix, and what they were measured on.
 
     ``chunk_size`` is the longest sequence (tokens) that was evaluated in one piece, ``path`` the file that holds
-    the matrix.
+    the matrix, ``measured_from`` a hash of the model and the text where medcot measured it.
     """
 
     matrices: Mapping[str, Activations]
     datasets: tuple[str, ...]
     chunk_size: int
     path: Path | None = None
+    measured_from: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -110,6 +112,8 @@ def write_importance(path: Path, importance: ImportanceMatrix) -> ImportanceMatr
             writer.add_array(_DATASETS, list(importance.datasets))
             writer.add_uint32(_CHUNK_COUNT, importance.chunk_count)
             writer.add_uint32(_CHUNK_SIZE, importance.chunk_size)
+            if importance.measured_from is not None:
+                writer.add_string(_MEASURED_FROM, importance.measured_from)
             for name, matrix in sorted(importance.matrices.items()):
                 writer.add_tensor(name + _SUMS, matrix.square_sums.astype(np.float32).reshape(1, -1))
                 writer.add_tensor(name + _COUNTS, np.array([[matrix.tokens]], dtype=np.float32))
@@ -141,7 +145,8 @@ def read_importance(path: Path) -> ImportanceMatrix:
     chunk_size = _value(reader, _CHUNK_SIZE)
     if chunk_size is None:
         raise MedcotError(f"{path} lacks {_CHUNK_SIZE}, so llama-quantize would refuse it too: measure it again.")
-    return ImportanceMatrix(matrices, tuple(_value(reader, _DATASETS) or ()), max(1, int(chunk_size)), path)
+    datasets, measured_from = tuple(_value(reader, _DATASETS) or ()), _value(reader, _MEASURED_FROM)
+    return ImportanceMatrix(matrices, datasets, max(1, int(chunk_size)), path, measured_from)
 
 
 class _Writer(gguf.GGUFWriter):

@@ -7,9 +7,12 @@ importance matrix no more than other text does (LOG.md).
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +20,7 @@ from export.ggml import IGNORES_IMPORTANCE
 from export.importance import Progress, measure_importance, training_sequences
 from export.importance_file import ImportanceMatrix, read_importance, write_importance
 from export.quant_types import file_type
+from pipeline.artifacts import sha256_json
 from pipeline.errors import MedcotError
 from pipeline.results import ExportedModels
 
@@ -55,13 +59,16 @@ def export_with_imatrix(
     quantizations: Sequence[str],
     base_quantization: str | None,
     text: Callable[[], MeasuringText],
+    model: Callable[[], str],
     progress: Progress | None = None,
+    announce: Callable[[str], None] = lambda text: None,
 ) -> ExportedModels:
     """Export as ``imatrix`` says: ``auto`` measures on ``text()``, ``none`` does without, anything else is a file.
 
-    What ``auto`` measured is stored as ``<name>.imatrix.gguf`` beside the files; where no wanted type has a use for
-    it, nothing is measured. The base's file is quantized with the tuned model's matrix, so that the two differ by the
-    training alone. Raises MedcotError.
+    What ``auto`` measured is stored as ``<name>.imatrix.gguf`` beside the files and taken from there when the same
+    ``model()`` (its fingerprint) is exported again with the same text; where no wanted type has a use for it, nothing
+    is measured. The base's file is quantized with the tuned model's matrix, so that the two differ by the training
+    alone. Raises MedcotError.
     """
     if imatrix != AUTO:
         importance = None if imatrix == NONE else read_importance(Path(imatrix))
@@ -69,8 +76,17 @@ def export_with_imatrix(
     wanted = {file_type(each).default for each in (*quantizations, *filter(None, [base_quantization]))}
     if wanted <= IGNORES_IMPORTANCE:
         return export(out_dir, quantizations, base_quantization, None)
-    measured = _measure(export, out_dir / _SCRATCH_NAME, text(), progress)
-    importance = write_importance(out_dir / f"{name}.imatrix.gguf", measured)
+    path = out_dir / f"{name}.imatrix.gguf"
+    chosen = text()
+    made_of = sha256_json([model(), chosen.sequences, chosen.dataset])
+    importance = _measured_before(path, made_of)
+    if importance is None:
+        with _scratch(out_dir / _SCRATCH_NAME) as scratch:
+            first = export(scratch, [_MEASURED_TYPE], None, None)
+            measured = measure_importance(scratch / first.ship, chosen.sequences, [chosen.dataset], progress=progress)
+        importance = write_importance(path, replace(measured, measured_from=made_of))
+    else:
+        announce(f"The importance matrix in {path} is of this model and text: taken as it is.")
     return export(out_dir, quantizations, base_quantization, importance)
 
 
@@ -88,19 +104,45 @@ def measuring_text(tokenizer: Path, records: Path | None, system: str | None = N
     return MeasuringText(sequences, records.name if records else "medcot's packaged cases")
 
 
-def _measure(export: Exporter, scratch: Path, text: MeasuringText, progress: Progress | None) -> ImportanceMatrix:
-    _remove(scratch)  # a killed export's
-    try:
-        first = export(scratch, [_MEASURED_TYPE], None, None)
-        return measure_importance(scratch / first.ship, text.sequences, [text.dataset], progress=progress)
-    finally:
-        _remove(scratch)
+def _measured_before(path: Path, made_of: str) -> ImportanceMatrix | None:
+    """What an earlier, perhaps interrupted, export measured; None where it is of something else or cannot be read."""
+    with suppress(MedcotError):
+        found = read_importance(path)
+        if found.measured_from == made_of:
+            return found
+    return None
 
 
-def _remove(folder: Path) -> None:
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """An empty folder of one export at a time, which is gone afterwards; MedcotError where another one holds it."""
     try:
-        shutil.rmtree(folder)
-    except FileNotFoundError:
-        pass
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        raise MedcotError(f"{folder} cannot be removed: {error.strerror}; delete it yourself.") from error
+        raise MedcotError(f"{folder} cannot be written: {error.strerror}.") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise MedcotError(
+                f"Another export is measuring in {folder.parent}: wait until it is done or choose another folder."
+            ) from error
+        except OSError:
+            pass  # a file system without locks: two exports at once are then the user's to avoid
+        _empty(folder)  # a killed export's
+        try:
+            yield folder
+        finally:
+            _empty(folder)
+            folder.rmdir()
+    finally:
+        os.close(descriptor)
+
+
+def _empty(folder: Path) -> None:
+    try:
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    except OSError as error:
+        raise MedcotError(f"{folder} cannot be emptied: {error.strerror}; delete it yourself.") from error

@@ -1,6 +1,8 @@
 """Export with an importance matrix: the file libllama would make, measured on the way or given."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -48,7 +50,7 @@ def text() -> MeasuringText:
 @pytest.fixture(scope="module")
 def exported(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("out")
-    export_with_imatrix("auto", exporter(base), out, "m", ["F32", *WITH_MATRIX], "Q4_K_M", text)
+    export_with_imatrix("auto", exporter(base), out, "m", ["F32", *WITH_MATRIX], "Q4_K_M", text, lambda: "m")
     return out
 
 
@@ -79,7 +81,7 @@ def test_what_auto_leaves_behind(exported: Path) -> None:
 
 def test_a_file_gives_the_same_bytes_and_none_gives_others(base: Path, exported: Path, tmp_path: Path) -> None:
     write = partial(export_with_imatrix, export=exporter(base), name="m", quantizations=["Q4_K_M"],
-                    base_quantization=None, text=text)  # fmt: skip
+                    base_quantization=None, text=text, model=lambda: "m")  # fmt: skip
     write(str(exported / "m.imatrix.gguf"), out_dir=tmp_path / "file")
     assert (tmp_path / "file/m-Q4_K_M.gguf").read_bytes() == (exported / "m-Q4_K_M.gguf").read_bytes()
     write("none", out_dir=tmp_path / "none")
@@ -106,15 +108,45 @@ def test_nothing_is_measured_for_types_without_a_use_for_it(base: Path, tmp_path
     def unused() -> MeasuringText:
         raise AssertionError("asked for text")
 
-    export_with_imatrix("auto", exporter(base), tmp_path, "m", ["F16", "Q8_0"], None, unused)
+    export_with_imatrix("auto", exporter(base), tmp_path, "m", ["F16", "Q8_0"], None, unused, lambda: "m")
     assert not list(tmp_path.glob("*imatrix*"))
 
 
 def test_a_failed_measurement_leaves_nothing(base: Path, tmp_path: Path) -> None:
     broken = lambda: MeasuringText([[10**6]], "broken")  # noqa: E731
     with pytest.raises(MedcotError, match="cannot be measured"):
-        export_with_imatrix("auto", exporter(base), tmp_path / "out", "m", ["Q4_K_M"], None, broken)
+        export_with_imatrix("auto", exporter(base), tmp_path / "out", "m", ["Q4_K_M"], None, broken, lambda: "m")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_what_was_measured_is_measured_once(base: Path, exported: Path, tmp_path: Path) -> None:
+    shutil.copy(exported / "m.imatrix.gguf", tmp_path)
+    before = (tmp_path / "m.imatrix.gguf").stat()
+    said: list[str] = []
+    write = partial(export_with_imatrix, "auto", exporter(base), tmp_path, "m", ["Q4_K_M"], None, text,
+                    announce=said.append)  # fmt: skip
+    write(lambda: "m")
+    assert (tmp_path / "m.imatrix.gguf").stat().st_ino == before.st_ino and "taken as it is" in said[0]
+    assert (tmp_path / "m-Q4_K_M.gguf").read_bytes() == (exported / "m-Q4_K_M.gguf").read_bytes()
+    write(lambda: "another model")
+    assert (tmp_path / "m.imatrix.gguf").stat().st_ino != before.st_ino and len(said) == 1
+    # One that is cut short is of no use.
+    os.truncate(tmp_path / "m.imatrix.gguf", 100)
+    write(lambda: "another model")
+    assert read_importance(tmp_path / "m.imatrix.gguf").measured_from and len(said) == 1
+
+
+def test_two_exports_do_not_measure_in_one_folder(base: Path, tmp_path: Path) -> None:
+    with (
+        measured_export._scratch(tmp_path / ".imatrix") as scratch,
+        pytest.raises(MedcotError, match="Another export is measuring in"),
+    ):
+        (scratch / "half").write_text("still needed")
+        try:
+            export_with_imatrix("auto", exporter(base), tmp_path, "m", ["Q4_K_M"], None, text, lambda: "m")
+        finally:
+            assert (scratch / "half").exists()
+    assert not (tmp_path / ".imatrix").exists()
 
 
 def test_text_comes_from_records_or_the_packaged_cases(base: Path, tmp_path: Path) -> None:
