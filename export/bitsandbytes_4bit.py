@@ -69,7 +69,7 @@ class FourBitTensor:
         # Kept from piece to piece: memory that is given back and asked for again costs as much as the lookup itself.
         indices = np.empty(0, dtype=np.intp)
 
-        def read_run(first: int, last: int) -> FloatRows:
+        def read_run(first: int, last: int, target: FloatRows) -> None:
             """Whole blocks are read around the rows, so that each has one scale."""
             nonlocal indices
             begin, end = first * columns, last * columns
@@ -81,10 +81,14 @@ class FourBitTensor:
             indices[: packed.size] = packed
             weights = np.zeros((last_block - first_block, self.blocksize), dtype=np.float32)
             # An index is below 256, so "clip" changes none; it spares the copy that the default mode makes.
-            target = weights.reshape(-1).view(np.uint64)[: packed.size]
-            np.take(pairs, indices[: packed.size], out=target, mode="clip")
-            weights *= self._scales(first_block, last_block, scale_numbers, read)[:, None]
-            return weights.reshape(-1)[begin - start : end - start].reshape(-1, columns)
+            unpacked = weights.reshape(-1).view(np.uint64)[: packed.size]
+            np.take(pairs, indices[: packed.size], out=unpacked, mode="clip")
+            scales = self._scales(first_block, last_block, scale_numbers, read)
+            if end - begin == weights.size:
+                np.multiply(weights, scales[:, None], out=target.reshape(weights.shape))
+            else:
+                weights *= scales[:, None]
+                target[...] = weights.reshape(-1)[begin - start : end - start].reshape(target.shape)
 
         return gather_rows(rows, count, columns, read_run)
 

@@ -23,6 +23,7 @@ from export.measured_export import export_with_imatrix, measuring_text
 from export.merged_weights import MergedWeights, WeightedAdapter
 from export.packages import write_modelfile
 from export.quant_types import file_type
+from export.quantizers.choice import chooser
 from export.stream import Output, Progress, Role, tensors_by_shard, write_files
 from export.tokenizer_metadata import TOKENIZER_FILES, Vocabulary, read_vocabulary, with_special_ids
 from export.weights import BaseWeights, open_base
@@ -182,6 +183,7 @@ def export_models(
             *models["tuned"][1].remarks,
             *(text for text in mismatches if text),
             *_without_recipe(adapters),
+            *chooser().notes,
         ],
         files=[
             ExportedFile(

@@ -39,6 +39,8 @@ _PIECE_WEIGHTS = 1 << 19
 FloatRows = npt.NDArray[np.float32]
 RowIndices = npt.NDArray[np.int64]
 ByteArray = npt.NDArray[np.uint8]
+# Fills its target [last - first, columns] with the consecutive rows [first, last) of a tensor.
+RunReader = Callable[[int, int, FloatRows], None]
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,8 @@ class SafetensorsFile:
         count, columns = row_layout(tensor.shape)
         row_bytes = columns * stored_as.itemsize
 
-        def read_run(first: int, last: int) -> FloatRows:
-            return _widened(self.read(name, first * row_bytes, last * row_bytes), stored_as).reshape(-1, columns)
+        def read_run(first: int, last: int, target: FloatRows) -> None:
+            _widen(self.read(name, first * row_bytes, last * row_bytes).view(stored_as), target)
 
         return gather_rows(rows, count, columns, read_run)
 
@@ -116,10 +118,8 @@ def row_layout(shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
 
 
-def gather_rows(
-    rows: RowIndices | slice, count: int, columns: int, read_run: Callable[[int, int], FloatRows]
-) -> FloatRows:
-    """Any of ``count`` rows in the order asked for, by a reader of consecutive rows [first, last).
+def gather_rows(rows: RowIndices | slice, count: int, columns: int, read_run: RunReader) -> FloatRows:
+    """Any of ``count`` rows in the order asked for, by a reader of consecutive ones.
 
     Works through pieces that stay in a core's cache, so little memory is needed beside the result. A piece of rows in
     another order is read by its runs of consecutive rows: heads whose rows are interleaved are a run each.
@@ -135,19 +135,22 @@ def gather_rows(
         piece = wanted[start : start + step]
         target = found[start : start + step]
         if isinstance(piece, range) and piece.step == 1:
-            target[...] = read_run(piece.start, piece.stop)
+            read_run(piece.start, piece.stop, target)
         else:
             _read_piece(np.asarray(piece, dtype=np.int64), count, target, read_run)
     return found
 
 
-def _read_piece(rows: RowIndices, count: int, target: FloatRows, read_run: Callable[[int, int], FloatRows]) -> None:
+def _read_piece(rows: RowIndices, count: int, target: FloatRows, read_run: RunReader) -> None:
     wanted, places = np.unique(rows, return_inverse=True)
     if wanted[0] < 0 or wanted[-1] >= count:
         raise IndexError(f"rows {wanted[0]} to {wanted[-1]} of {count}")
     runs = np.split(wanted, np.flatnonzero(np.diff(wanted) != 1) + 1)
-    blocks = [read_run(int(run[0]), int(run[-1]) + 1) for run in runs]
-    found = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+    found = np.empty((len(wanted), target.shape[1]), dtype=np.float32)
+    place = 0
+    for run in runs:
+        read_run(int(run[0]), int(run[-1]) + 1, found[place : place + len(run)])
+        place += len(run)
     # In the default mode numpy would write to a buffer first; the places are in range.
     np.take(found, places.reshape(-1), axis=0, out=target, mode="clip")
 
@@ -182,11 +185,12 @@ def read_header(path: Path | str, size: int, read: Callable[[int, int], bytes]) 
     return tensors
 
 
-def _widened(content: ByteArray, stored_as: np.dtype[Any]) -> FloatRows:
-    values = content.view(stored_as)
-    if stored_as == FLOAT_TYPES["BF16"]:
-        return np.left_shift(values, np.uint32(16), dtype=np.uint32).view(np.float32)
-    return values.astype(np.float32, copy=False)
+def _widen(values: npt.NDArray[Any], target: FloatRows) -> None:
+    shaped = values.reshape(target.shape)
+    if values.dtype == FLOAT_TYPES["BF16"]:
+        np.left_shift(shaped, np.uint32(16), out=target.view(np.uint32), dtype=np.uint32)
+    else:
+        target[...] = shaped
 
 
 def _check_extents(path: Path | str, size: int, data_begin: int, tensors: Mapping[str, StoredTensor]) -> None:

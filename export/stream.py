@@ -1,35 +1,50 @@
-"""One pass over the base: every block of rows is read once and goes into all files, each in its own type."""
+"""One pass over the base: every block of rows is read once and goes into all files, each in its own type.
+
+A thread takes a block through all steps, so that it stays in the core's cache: read, widen, merge, quantize. Several
+blocks are under way at a time; the calling thread writes them in their order.
+"""
 
 from __future__ import annotations
 
 import errno
 import math
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from gguf import GGMLQuantizationType
+from threadpoolctl import threadpool_limits
 
 from export.architecture import Architecture, ModelTensor
-from export.ggml import quantize
-from export.gguf_file import GgufFile, GgufPlan
+from export.gguf_file import GgufPlan, PlannedTensor
+from export.importance_file import ImportanceMatrix
 from export.merged_weights import MergedWeights
 from export.partial_files import PartialFile, PartialFiles, missing_bytes, open_partial_files
+from export.quantizers.choice import chooser
+from export.quantizers.quantize import quantize
 from export.tensor_change import Rows
 from export.weights import BaseWeights, FloatRows
 from pipeline.errors import MedcotError
+from pipeline.hardware import usable_cores
+from pipeline.memory import keep_freed_memory
 
 Role = Literal["tuned", "base"]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 # Called with the tensor at hand, the bytes written and their total over all files.
 Progress = Callable[[str, int, int], None]
-# Weights handled at a time: 64 MB in float32, so that an 8B model's embedding needs no gigabytes.
-_BLOCK_WEIGHTS = 1 << 24
+# Weights handled at a time by a thread: 1 MB in float32, which a core's own cache holds together with what it becomes.
+_BLOCK_WEIGHTS = 1 << 18
+_ROWS_TOGETHER = 16  # that the quantizers take side by side (export/quantizers/lanes.py); fewer cost as much
+_BLOCKS_A_THREAD = 4  # under way or waiting to be written, so that a slow write stops nobody
 
 
 @dataclass(frozen=True)
@@ -75,6 +90,7 @@ def write_files(
     # How much is multiplied at a time decides how sums are rounded.
     with open_partial_files(partial, f"{fingerprint} {_BLOCK_WEIGHTS}", announce) as files:
         try:
+            chooser().prepare(_ways_to_quantize(outputs), announce)
             with ExitStack() as stack:
                 beside(stack)
                 _write_passes(passes[files.steps :], [output.role for output in outputs], files, base, merged, progress)
@@ -97,6 +113,20 @@ def write_files(
             raise
 
 
+def _ways_to_quantize(outputs: Sequence[Output]) -> list[tuple[GGMLQuantizationType, bool]]:
+    """Each type in the files, with whether an importance matrix guides it."""
+    return sorted(
+        {
+            (
+                tensor.ggml_type,
+                output.plan.importance is not None and output.plan.importance.of(tensor.name) is not None,
+            )
+            for output in outputs
+            for tensor in output.plan.tensors
+        }
+    )
+
+
 def _write_passes(
     passes: Sequence[_Pass],
     roles: Sequence[Role],
@@ -108,16 +138,56 @@ def _write_passes(
     awaited = Counter(merged.base_source(_any(each).source or "") for each in passes if _any(each).source)
     # Shards whose tensors are all in the files already are not even fetched.
     base.plan(awaited)
+    keep_freed_memory()
     planned = files.planned
-    for each in passes:
-        name = _any(each).name
-        progress(name, files.written, planned)
-        receiving = [(role, file) for role, file in zip(roles, files.files, strict=True) if role in each]
-        for values in _blocks(each, base, merged):
-            _write_block(values, receiving)
-            progress(name, files.written, planned)
-        files.step_done()
-        _release(_any(each), awaited, base, merged)
+    plans = [{tensor.name: tensor for tensor in file.plan.tensors} for file in files.files]
+
+    def shard(each: _Pass) -> object:
+        source = _any(each).source
+        return base.shard_of(merged.base_source(source)) if source else None
+
+    def finished(each: _Pass, rows: Rows | None) -> list[npt.NDArray[np.uint8]]:
+        receiving = [
+            _Receiver(role, of_file[_any(each).name], file.plan.importance)
+            for role, of_file, file in zip(roles, plans, files.files, strict=True)
+            if role in each
+        ]
+        return _quantized(_values(each, rows, base, merged), receiving)
+
+    # A product is computed by the thread that needs it; BLAS' own threads would compete with the others.
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(usable_cores(), "block") as pool:
+        # The next shard of a base on the hub is fetched when the one before it is done with and deleted.
+        for _, of_shard in groupby(passes, shard):
+            blocks = ((each, rows, last) for each in of_shard for rows, last in _blocks(_any(each)))
+            for (each, _, last), contents in _in_order(pool, blocks, lambda block: finished(block[0], block[1])):
+                name = _any(each).name
+                receiving = [file for role, file in zip(roles, files.files, strict=True) if role in each]
+                for file, content in zip(receiving, contents, strict=True):
+                    file.write(content)
+                progress(name, files.written, planned)
+                if last:
+                    files.step_done()
+                    _release(_any(each), awaited, base, merged)
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, items: Iterable[Item], work: Callable[[Item], Result]
+) -> Iterator[tuple[Item, Result]]:
+    """Each item with the result of ``work``, in order; only a few are begun ahead of the one that is asked for."""
+    pending: deque[tuple[Item, Future[Result]]] = deque()
+    try:
+        for item in items:
+            pending.append((item, pool.submit(work, item)))
+            if len(pending) > _BLOCKS_A_THREAD * usable_cores():
+                first, future = pending.popleft()
+                yield first, future.result()
+        while pending:
+            first, future = pending.popleft()
+            yield first, future.result()
+    finally:
+        for _, future in pending:
+            future.cancel()
+        wait([future for _, future in pending])
 
 
 def _tensors_after(passes: Sequence[_Pass], role: Role) -> list[int]:
@@ -163,48 +233,60 @@ def _any(each: _Pass) -> ModelTensor:
     return next(iter(each.values()))
 
 
-def _blocks(each: _Pass, base: BaseWeights, merged: MergedWeights) -> Iterator[dict[Role, FloatRows]]:
-    """Blocks of rows in GGUF's order; one object for both roles where the adapter changes nothing."""
-    tensor = _any(each)
+def _blocks(tensor: ModelTensor) -> Iterator[tuple[Rows | None, bool]]:
+    """The rows of each block in GGUF's order, and whether it is the last; None for a tensor that export makes up."""
     if tensor.source is None:
-        assert tensor.values is not None
-        yield dict.fromkeys(each, tensor.values.reshape(1, -1))
+        yield None, True
         return
-    for chosen in _row_blocks(tensor):
-        plain = base.rows(tensor.source, chosen) if "base" in each else None
-        values: dict[Role, FloatRows] = {}
-        if "tuned" in each:
-            values["tuned"] = merged.rows(tensor.source, chosen, plain)
-        if plain is not None:
-            values["base"] = plain
-        if len(tensor.shape) == 1:
-            as_row = {id(rows): rows.reshape(1, -1) for rows in values.values()}
-            values = {role: as_row[id(rows)] for role, rows in values.items()}
-        yield values
-
-
-def _row_blocks(tensor: ModelTensor) -> Iterator[Rows]:
     rows, columns = tensor.shape[0], math.prod(tensor.shape[1:])
-    step = max(1, _BLOCK_WEIGHTS // columns)
+    step = max(1, _BLOCK_WEIGHTS // columns // _ROWS_TOGETHER) * _ROWS_TOGETHER
     for start in range(0, rows, step):
         end = min(start + step, rows)
-        yield slice(start, end) if tensor.order is None else tensor.order[start:end]
+        yield slice(start, end) if tensor.order is None else tensor.order[start:end], end == rows
 
 
-def _write_block(values: dict[Role, FloatRows], files: Sequence[tuple[Role, GgufFile]]) -> None:
-    """Give every file its block; the same rows in the same type are quantized once."""
+def _values(each: _Pass, rows: Rows | None, base: BaseWeights, merged: MergedWeights) -> dict[Role, FloatRows]:
+    """The block as float32 [n, columns]; one object for both roles where the adapter changes nothing."""
+    tensor = _any(each)
+    if tensor.source is None or rows is None:
+        assert tensor.values is not None
+        return dict.fromkeys(each, tensor.values.reshape(1, -1))
+    plain = base.rows(tensor.source, rows) if "base" in each else None
+    values: dict[Role, FloatRows] = {}
+    if "tuned" in each:
+        values["tuned"] = merged.rows(tensor.source, rows, plain)
+    if plain is not None:
+        values["base"] = plain
+    if len(tensor.shape) == 1:
+        as_row = {id(block): block.reshape(1, -1) for block in values.values()}
+        values = {role: as_row[id(block)] for role, block in values.items()}
+    return values
+
+
+@dataclass(frozen=True)
+class _Receiver:
+    """A file's use for a block."""
+
+    role: Role
+    tensor: PlannedTensor
+    importance: ImportanceMatrix | None
+
+
+def _quantized(values: Mapping[Role, FloatRows], receiving: Sequence[_Receiver]) -> list[npt.NDArray[np.uint8]]:
+    """The block for each file; the same rows in the same type are quantized once."""
     finished: dict[tuple[int, int, bool], npt.NDArray[np.uint8]] = {}
-    for role, file in files:
-        planned = file.current
-        rows = values[role]
-        importance = None if file.plan.importance is None else file.plan.importance.of(planned.name)
+    contents = []
+    for receiver in receiving:
+        rows, planned = values[receiver.role], receiver.tensor
+        importance = None if receiver.importance is None else receiver.importance.of(planned.name)
         key = (id(rows), int(planned.ggml_type), importance is None)
         if key not in finished:
             try:
                 finished[key] = quantize(rows, planned.ggml_type, importance)
             except OverflowError as error:
                 raise MedcotError(f"{planned.name}: {error}; export to BF16 or F32 instead.") from error
-        file.write(finished[key])
+        contents.append(finished[key])
+    return contents
 
 
 def _release(tensor: ModelTensor, awaited: Counter[str], base: BaseWeights, merged: MergedWeights) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from chat_models import small_model
 
 ROOT = Path(__file__).resolve().parent.parent
-FORBIDDEN = ("torch", "transformers", "peft", "trl", "unsloth", "datasets", "tokenizers", "bench")
+FORBIDDEN = ("torch", "transformers", "peft", "trl", "unsloth", "datasets", "tokenizers", "numba", "llvmlite", "bench")
 
 CHAT = """
 import json, sys

@@ -103,6 +103,17 @@ def test_small_blocks_of_rows_give_the_same_bytes(
             assert same.mean() > 0.999, (name, key)
 
 
+def test_any_number_of_threads_gives_the_same_bytes(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "_BLOCK_WEIGHTS", 700)
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(stream, "usable_cores", lambda threads=threads: threads)
+        export_models(base, adapter, tmp_path / str(threads), "m", ["F32", "Q4_K_M"], "Q8_0")
+    one, *others = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("1", "2", "5")]
+    assert len(one) == 4 and others == [one, one]
+
+
 def test_metadata_of_a_byte_level_vocabulary(base: Path, tmp_path: Path) -> None:
     export_models(base, None, tmp_path, "m", ["F16"])
     metadata = read_metadata(tmp_path / "m-F16.gguf")

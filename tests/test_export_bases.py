@@ -59,7 +59,15 @@ def test_a_base_on_the_hub_gives_the_same_files(tmp_path: Path, monkeypatch: pyt
         hub.misbehave(Fault(".safetensors", drop_after=30_000, from_byte=1, times=5))
         folder, weights = open_model("someone/base")
         with weights:
-            export_models(folder, adapter, tmp_path / "streamed", "m", ["F16", "Q4_K_M"], weights=weights)
+            on_disk: list[int] = []
+
+            def count_shards(*_: object) -> None:
+                on_disk.append(len(list((tmp_path / "scratch").rglob("*.safetensors*"))))
+
+            export_models(
+                folder, adapter, tmp_path / "streamed", "m", ["F16", "Q4_K_M"], progress=count_shards, weights=weights
+            )
+            assert max(on_disk) == 1, "several threads, one shard"
             # A second pass over the same base, as for an importance matrix, fetches the shards again.
             export_models(folder, adapter, tmp_path / "again", "m", ["F16"], weights=weights)
             assert (tmp_path / "again" / "m-F16.gguf").read_bytes() == (

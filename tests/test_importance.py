@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 
 from export import ggml_tensor
 from export.export import export_models
-from export.ggml import IGNORES_IMPORTANCE, quantize
+from export.ggml import IGNORES_IMPORTANCE
 from export.gguf_model import GgufModel
 from export.importance import measure_importance, training_sequences
 from export.importance_file import Activations, ImportanceMatrix, read_importance, write_importance
