@@ -5,46 +5,92 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import cycle
 from typing import Any
 
-from pipeline.results import Distribution, TrainedAdapter
+from pipeline.config import ReferenceRun
+from pipeline.results import Distribution, LossPoint, TrainedAdapter
 
 # Stand-ins that become CSS colours, so that one drawing serves the light and the dark page.
-_INK, _ACCENT, _SECOND = "#010101", "#020202", "#030303"
-_CSS_COLOURS = {_INK: "currentColor", _ACCENT: "var(--accent)", _SECOND: "var(--second)"}
+_INK, _ACCENT, _SECOND, _SOFT = "#010101", "#020202", "#030303", "#040404"
+_CSS_COLOURS = {_INK: "currentColor", _ACCENT: "var(--accent)", _SECOND: "var(--second)", _SOFT: "var(--soft)"}
+# Published runs share a colour; these tell them apart, without colour too.
+_REFERENCE_STYLES = ({"linestyle": "--", "marker": "s"}, {"linestyle": ":", "marker": "^"}, {"linestyle": "-."})
+_LEGEND_COLUMN = 34  # characters that fit when two entries stand side by side
 
 
-def describe_loss(trained: TrainedAdapter) -> str:
-    """The loss curve in words, for whoever does not see it."""
+def describe_loss(trained: TrainedAdapter, references: Sequence[ReferenceRun] = ()) -> str:
+    """The loss curve in words, for whoever does not see it, with the sources of what is not ours."""
     before, after = trained.eval_loss_before, trained.eval_loss_after
     held_out = f"held-out loss {before:.3f} before training and {after:.3f} after"
-    if not trained.train_loss:
-        return f"No training loss was logged; {held_out}."
-    first, last = trained.train_loss[0], trained.train_loss[-1]
-    return f"Training loss {first.loss:.3f} at step {first.step} and {last.loss:.3f} at step {last.step}; {held_out}."
+    if trained.kept_step not in (None, trained.steps):
+        during = sum(point.step > 0 for point in trained.eval_loss)
+        held_out += f", with the adapter of step {trained.kept_step}, the best of {during} evaluations"
+    training = "No training loss was logged"
+    if trained.train_loss:
+        training = f"Training loss {_ends({point.step: point.loss for point in trained.train_loss})}"
+    published = [f" For comparison, {run.name}: {_ends(run.loss)} (source: {run.source})." for run in references]
+    return f"{training}; {held_out}.{''.join(published)}"
 
 
-def loss_curve(trained: TrainedAdapter) -> str:
-    """Training loss by step, and held-out loss before and after, as an ``<svg>`` element."""
-    with _figure(1, (5.6, 3.2)) as (figure, (axes,)):
+def _ends(losses: Mapping[int, float]) -> str:
+    first, last = min(losses), max(losses)
+    return f"{losses[first]:.3f} at step {first} and {losses[last]:.3f} at step {last}"
+
+
+def loss_curve(trained: TrainedAdapter, references: Sequence[ReferenceRun] = ()) -> str:
+    """Training and held-out loss by step, with the published training losses, as an ``<svg>`` element."""
+    with _figure(1, (5.6, 3.6)) as (figure, (axes,)):
         steps = [point.step for point in trained.train_loss]
         losses = [point.loss for point in trained.train_loss]
-        axes.plot(steps, losses, color=_ACCENT, linewidth=1.8, marker="o", markersize=3, label="training")
+        axes.plot(steps, losses, color=_ACCENT, linewidth=1.8, marker="o", markersize=3, zorder=3, label="training")
+        held_out = trained.eval_loss or [
+            LossPoint(step=0, loss=trained.eval_loss_before),
+            LossPoint(step=trained.steps, loss=trained.eval_loss_after),
+        ]
+        during_training = len(held_out) > 2
         axes.plot(
-            [0, trained.steps],
-            [trained.eval_loss_before, trained.eval_loss_after],
+            [point.step for point in held_out],
+            [point.loss for point in held_out],
             color=_SECOND,
-            linestyle="none",
+            linewidth=1.2,
+            linestyle="-" if during_training else "none",
             marker="D",
-            markersize=6,
-            label="held out, before and after",
+            markersize=4 if during_training else 6,
+            zorder=4,
+            label="held out" if during_training else "held out, before and after",
         )
+        if trained.kept_step not in (None, trained.steps):
+            axes.plot(
+                [trained.kept_step],
+                [trained.eval_loss_after],
+                color=_SECOND,
+                linestyle="none",
+                marker="o",
+                markersize=12,
+                fillstyle="none",
+                label="the adapter that is kept",
+            )
+        for run, style in zip(references, cycle(_REFERENCE_STYLES)):
+            published = dict(sorted(run.loss.items()))
+            axes.plot(
+                list(published),
+                list(published.values()),
+                color=_SOFT,
+                linewidth=1.4,
+                markersize=4,
+                label=run.name,
+                **style,
+            )
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("loss (nats per token)")
-        axes.legend(frameon=False)
-        return _svg(figure, "loss", "Loss by optimizer step", describe_loss(trained))
+        names = [str(label) for label in axes.get_legend_handles_labels()[1]]
+        side_by_side = all(len(name) <= _LEGEND_COLUMN for name in names)
+        # Below the axes, where it can lie over no curve.
+        figure.legend(loc="outside lower center", ncols=2 if side_by_side else 1, frameon=False, fontsize=10)
+        return _svg(figure, "loss", "Loss by optimizer step", describe_loss(trained, references))
 
 
 def describe_lengths(lengths: Mapping[Any, Distribution]) -> str:

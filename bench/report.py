@@ -6,6 +6,7 @@ they cannot say different things; a stage without a finished artifact is named a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from bench.charts import describe_lengths, describe_loss, length_histograms, los
 from bench.model_card import model_card
 from bench.page import STAGES, Line, Page, Run, Section, Table, Tone, byte_size, duration, percent, render, spread
 from pipeline.artifacts import write_text
-from pipeline.config import Config
+from pipeline.config import Config, ReferenceRun
 from pipeline.results import (
     Benchmark,
     Estimate,
@@ -50,7 +51,7 @@ def build_page(config: Config, run: Run) -> Page:
         _evaluation_section(run.evaluated),
         _verification_section(run.verified),
         _speed_section(run.benchmarked),
-        _training_section(run.trained),
+        _training_section(run.trained, config.report.reference_runs),
         _data_section(run.prepared),
         _samples_section(run.evaluated),
         _stages_section(run),
@@ -312,7 +313,7 @@ def _speed_section(benchmark: Benchmark | None) -> Section | None:
     )
 
 
-def _training_section(trained: TrainedAdapter | None) -> Section | None:
+def _training_section(trained: TrainedAdapter | None, references: Sequence[ReferenceRun]) -> Section | None:
     if trained is None:
         return None
     change = 1 - trained.eval_loss_after / trained.eval_loss_before if trained.eval_loss_before else 0.0
@@ -326,7 +327,7 @@ def _training_section(trained: TrainedAdapter | None) -> Section | None:
         ),
         (
             "Steps",
-            f"{trained.steps} in {duration(trained.train_seconds)}, {trained.tokens_per_second:.0f} tokens/s",
+            f"{_steps(trained)} in {duration(trained.train_seconds)}, {trained.tokens_per_second:.0f} tokens/s",
         ),
         (
             "Held-out loss",
@@ -336,12 +337,32 @@ def _training_section(trained: TrainedAdapter | None) -> Section | None:
     )
     if trained.resumed_from_step is not None:
         rows = (*rows, ("Resumed", f"from step {trained.resumed_from_step}"))
+    published = (_published_losses(trained, references),) if references else ()
     return Section(
         "Training",
-        tables=(Table(("", ""), "ll", rows),),
-        chart=loss_curve(trained),
-        chart_text=describe_loss(trained),
+        tables=(Table(("", ""), "ll", rows), *published),
+        chart=loss_curve(trained, references),
+        chart_text=describe_loss(trained, references),
     )
+
+
+def _steps(trained: TrainedAdapter) -> str:
+    if trained.stopped_early:
+        return f"{trained.steps} of {trained.planned_steps}, then no further gain on the held-out records,"
+    return str(trained.steps) if trained.finished else f"{trained.steps} of {trained.planned_steps} so far"
+
+
+def _published_losses(trained: TrainedAdapter, references: Sequence[ReferenceRun]) -> Table:
+    """Our training loss beside the published ones, at the steps that they were published for."""
+    ours = {point.step: point.loss for point in trained.train_loss}
+
+    def row(step: int) -> tuple[str, ...]:
+        losses = [ours.get(step), *(run.loss.get(step) for run in references)]
+        return (str(step), *("" if loss is None else f"{loss:.3f}" for loss in losses))
+
+    steps = sorted({step for run in references for step in run.loss})
+    header = ("Training loss at step", "This run", *(run.name for run in references))
+    return Table(header, "r" * len(header), tuple(row(step) for step in steps))
 
 
 def _data_section(data: PreparedData | None) -> Section | None:

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
-from chat.display import StreamingDisplay, Streams, turn_as_json, write
+from chat.disclaimer import disclaimer_to_show
+from chat.display import StreamingDisplay, Streams, harmless, turn_as_json, write
+from chat.emergency_numbers import numbers_for
 from chat.proof import known_proof, prove
+from chat.safety import find_red_flags, load_rules, warning
 from chat.session import ChatModel, Sampling, Session
 from pipeline.errors import MedcotError
 
-DISCLAIMER = "A research model, not a doctor: what it says is not medical advice and may be wrong."
+# What a user writes -> the warning to show above the answer, if any.
+Watch = Callable[[str], str | None]
 HELP = """\
 /new    forget the conversation
 /help   show this
@@ -36,12 +40,16 @@ def run_chat(
     threads: int | None = None,
     show_thought: bool = True,
     as_json: bool = False,
+    emergency_number: str | None = None,
+    country: str | None = None,
+    red_flags: Path | None = None,
 ) -> None:
     """Answer ``prompt``, or what is piped into standard input, or else converse until the user ends it.
 
     ``n_ctx`` is capped to the context the model was trained for (tokens). Where standard output is no
     terminal it gets the answer alone; the thought and all else go to standard error. An interrupt of a single
-    answer is raised as KeyboardInterrupt after what was said is printed.
+    answer is raised as KeyboardInterrupt after what was said is printed. ``red_flags`` replaces the packaged rules
+    that look for emergencies in what is asked; numbers in their warnings are as ``numbers_for`` has it.
     """
     streams = Streams.standard()
     question = prompt if prompt is not None else _piped_question()
@@ -49,15 +57,19 @@ def run_chat(
         raise MedcotError("--json answers one question: give it with --prompt or through standard input.")
     if question is not None and not question.strip():
         raise MedcotError("The question is empty: give it with --prompt or through standard input.")
+    watch = _watch(red_flags, emergency_number, country)
+    if question is not None:
+        _warn(question, watch, streams)
     if not as_json:
-        streams.note(DISCLAIMER)
+        for text in filter(None, disclaimer_to_show()):
+            streams.note(text)
         if known_proof(path) is None:
             streams.note(f"Checking {path.name}, because it is new here ...")
     with open_model(path, n_ctx, threads) as model:
         sampling = Sampling.for_model(model, temperature=temperature, top_p=top_p, seed=seed)
         session = Session(model, sampling, max_new_tokens)
         if question is None:
-            _converse(session, streams, show_thought)
+            _converse(session, streams, show_thought, watch)
         elif as_json:
             _answer_as_json(session, _as_text(question), path.name, streams)
         elif not _answer(session, _as_text(question), streams, show_thought):
@@ -75,7 +87,19 @@ def open_model(path: Path, n_ctx: int, threads: int | None) -> Iterator[ChatMode
         yield model
 
 
-def _converse(session: Session, streams: Streams, show_thought: bool) -> None:
+def _watch(rules_file: Path | None, emergency_number: str | None, country: str | None) -> Watch:
+    rules = load_rules(rules_file)
+    numbers = numbers_for(rules, emergency_number, country)
+    return lambda text: warning(find_red_flags(text, rules), rules, numbers)
+
+
+def _warn(question: str, watch: Watch, streams: Streams) -> None:
+    told = watch(question)
+    if told is not None:
+        write(streams.status, harmless(told) + "\n", "bold red")
+
+
+def _converse(session: Session, streams: Streams, show_thought: bool, watch: Watch) -> None:
     with suppress(ImportError):
         importlib.import_module("readline")  # gives input() line editing and recall
     streams.note("/help lists the commands, /quit ends.")
@@ -101,6 +125,7 @@ def _converse(session: Session, streams: Streams, show_thought: bool) -> None:
             case command if command.startswith("/") and " " not in command:
                 streams.note(f"There is no command {command}.\n{HELP}")
             case _:
+                _warn(line, watch, streams)
                 try:
                     _answer(session, _as_text(line), streams, show_thought)
                 except MedcotError as error:

@@ -1,37 +1,52 @@
 """Training checkpoints that are known to be whole.
 
 The trainer writes a checkpoint file by file; a killed session leaves a torn one. Each finished checkpoint gets a
-seal, written last, with the size and hash of every file; only sealed checkpoints that still match are used.
+seal, written last, with the size and hash of every file; only sealed checkpoints that still match are used. Older
+ones go when the newest is sealed, never before.
 """
 
 from __future__ import annotations
 
-import json
+import errno
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
 from pipeline.artifacts import FileRecord, sha256_file, write_text
+from pipeline.errors import MedcotError
 
 SEAL_NAME = "medcot_seal.json"
+KEPT = 2  # what happens to the newest on a disk or on its way to another must not cost the whole training
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """How far training was when the checkpoint was taken, over all sessions."""
+    """How far training was when the checkpoint was taken, over all sessions.
+
+    ``pending_loss`` is the sum of the losses of the steps after ``logged_step``, which the next logged mean includes.
+    """
 
     step: int
     seconds: float
     tokens: int
+    planned_steps: int = 0
+    logged_step: int = 0
+    pending_loss: float = 0.0
 
 
 class Seal(BaseModel):
-    step: int
-    seconds: float
-    tokens: int
+    progress: TrainingProgress
     files: list[FileRecord]
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the trainer puts the checkpoint of a step."""
+    return folder / f"checkpoint-{step}"
 
 
 def seal(checkpoint: Path, progress: TrainingProgress) -> None:
@@ -41,22 +56,11 @@ def seal(checkpoint: Path, progress: TrainingProgress) -> None:
         for path in sorted(checkpoint.rglob("*"))
         if path.is_file() and path.name != SEAL_NAME
     ]
-    text = json.dumps({**asdict(progress), "files": [record.model_dump() for record in files]})
-    write_text(checkpoint / SEAL_NAME, text)
+    write_text(checkpoint / SEAL_NAME, Seal(progress=progress, files=files).model_dump_json())
 
 
-def latest_whole(folder: Path) -> tuple[Path, TrainingProgress] | None:
-    """The most recent checkpoint whose files all match its seal; torn ones are removed."""
-    candidates = sorted(folder.glob("checkpoint-*"), key=_step, reverse=True)
-    for checkpoint in candidates:
-        progress = _check(checkpoint)
-        if progress is not None:
-            return checkpoint, progress
-        shutil.rmtree(checkpoint, ignore_errors=True)
-    return None
-
-
-def _check(checkpoint: Path) -> TrainingProgress | None:
+def whole(checkpoint: Path) -> TrainingProgress | None:
+    """What the seal says, if there is one and every file still matches it."""
     try:
         found = Seal.model_validate_json((checkpoint / SEAL_NAME).read_bytes())
         for record in found.files:
@@ -65,7 +69,55 @@ def _check(checkpoint: Path) -> TrainingProgress | None:
                 return None
     except (OSError, ValidationError):
         return None
-    return TrainingProgress(found.step, found.seconds, found.tokens)
+    return found.progress
+
+
+def latest_whole(folder: Path) -> tuple[Path, TrainingProgress] | None:
+    """The most recent checkpoint whose files all match its seal."""
+    for checkpoint in _newest_first(folder):
+        progress = whole(checkpoint)
+        if progress is not None:
+            return checkpoint, progress
+    return None
+
+
+def remove_after(folder: Path, step: int) -> None:
+    """Remove the torn checkpoints of later steps: the trainer would write into them."""
+    for checkpoint in _newest_first(folder):
+        if _step(checkpoint) > step:
+            shutil.rmtree(checkpoint)
+
+
+def prune(folder: Path, best_step: int | None) -> None:
+    """Keep the newest checkpoints and the best one. To be called when the newest is sealed."""
+    for checkpoint in _newest_first(folder)[KEPT:]:
+        if _step(checkpoint) != best_step:
+            shutil.rmtree(checkpoint)
+
+
+@contextmanager
+def disk_errors_told(what: str, folder: Path, last_step: int) -> Iterator[None]:
+    """Turn what libraries raise when ``what`` cannot be written into one sentence, with the checkpoint that is left.
+
+    PyTorch and safetensors have no error type for a full disk; their message is told as it is.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        full = isinstance(error, OSError) and error.errno in _FULL
+        reason = "the disk is full" if full else str(error).strip().splitlines()[0].rstrip(".")
+        free = shutil.disk_usage(folder).free / 1e9
+        after = f"from step {last_step}, whose checkpoint is whole" if last_step else "from the beginning"
+        raise MedcotError(
+            f"{what} cannot be written to {folder} ({reason}; {free:.2f} GB are free): free some space, and the same "
+            f"command goes on {after}."
+        ) from error
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("checkpoint-*"), key=_step, reverse=True)
 
 
 def _step(checkpoint: Path) -> int:

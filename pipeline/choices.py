@@ -71,14 +71,19 @@ def _weights(config: Config, estimator: Estimator) -> NamedChoice:
 
 
 def _batch(config: Config, estimator: Estimator, memory_bytes: int) -> NamedChoice:
-    training = config.training
-    effective = training.batch_size * training.gradient_accumulation
+    training, size = config.training, estimator.batch_size
+    effective = training.effective_batch
+    how = (
+        "training.step_examples says"
+        if training.batch_size == "auto"
+        else "training.batch_size and gradient_accumulation say"
+    )
     most = largest_batch(config, estimator, memory_bytes)
     fits = f"up to {most} of them fit at once" if most else "not even one fits"
     return NamedChoice(
         name="batch",
-        value=f"{training.batch_size} x {training.gradient_accumulation}",
-        reason=f"{effective} examples an optimizer step, as training.batch_size and gradient_accumulation say; {fits}",
+        value=f"{size} x {effective // size}",
+        reason=f"{effective} examples an optimizer step, as {how}; {fits}",
     )
 
 
@@ -93,8 +98,7 @@ def largest_batch(config: Config, estimator: Estimator, memory_bytes: int) -> in
 def _checkpointing(config: Config, estimator: Estimator) -> NamedChoice:
     chosen = config.training.gradient_checkpointing
     with_it, without = (
-        estimator.activation_bytes(config.training.batch_size, checkpointing) / GIBIBYTE
-        for checkpointing in (True, False)
+        estimator.activation_bytes(estimator.batch_size, checkpointing) / GIBIBYTE for checkpointing in (True, False)
     )
     return NamedChoice(
         name="gradient checkpointing",

@@ -68,6 +68,7 @@ def run(
     Example: medcot run smollm2-cpu --set training.max_steps=30
     """
     from pipeline.config import load_config
+    from pipeline.ranks import is_first
     from pipeline.run import run as run_stages
 
     if only and until:
@@ -82,6 +83,8 @@ def run(
         plan_first=not no_plan,
         announce=lambda text: click.echo(text, err=True),
     )
+    if not is_first():
+        return  # of several processes under torchrun the first one tells what was done
     if as_json:
         _print_json(_run_document(outcome))
     else:
@@ -114,6 +117,43 @@ def plan(
     else:
         print_plan(made)
     raise_if_impossible(made)
+
+
+@cli.command()
+@click.argument("experiments")
+@set_option
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the sweep [default: runs/<name>-sweep].")
+@click.option("--ray", "ray_address", metavar="ADDRESS", help="Run on this Ray cluster; 'local' starts one here.")
+@json_option
+def sweep(
+    experiments: str, overrides: tuple[str, ...], out: Path | None, ray_address: str | None, as_json: bool
+) -> None:
+    """Run several experiments and compare them in one table. Exit 1 when one failed.
+
+    EXPERIMENTS is a preset's name or a YAML file: a configuration and what each experiment, or a grid, changes in it.
+    Each is an ordinary run in a folder of its own; the same command goes on after an interruption.
+
+    \b
+    Example: medcot sweep configs/experiments/tinyllama-flashcards.yaml
+             medcot sweep smollm2-cpu --set training.max_steps=10 --out /shared/sweep --ray 10.0.0.1:6379
+    """
+    from bench.sweep_report import print_result, write_result
+    from bench.sweep_result import collect
+    from pipeline.sweep import run_sweep
+    from pipeline.sweep_file import default_folder, load_sweep
+
+    planned = load_sweep(experiments, overrides)
+    folder = out or default_folder(planned)
+    outcomes = run_sweep(planned, folder, ray_address=ray_address, announce=lambda text: click.echo(text, err=True))
+    result = collect(planned, outcomes)
+    paths = write_result(result, folder)
+    if as_json:
+        _print_json(result.model_dump(mode="json"))
+    else:
+        print_result(result)
+        click.echo(f"Table and plots:  {paths[0]}")
+    if any(row.state == "failed" for row in result.experiments):
+        raise SystemExit(1)
 
 
 @cli.command("export")
@@ -178,6 +218,7 @@ def export_command(
 
     from export.export import export_models, open_model, tokenizer_folder
     from export.exported_proof import verify_written, why_not_verifiable
+    from export.fingerprint import model_fingerprint
     from export.measured_export import export_with_imatrix, measuring_text
     from export.merged_weights import parse_adapter
     from pipeline.progress import ExportProgressBar
@@ -209,7 +250,9 @@ def export_command(
             quantizations,
             base_quant,
             lambda: measuring_text(tokenizer_folder(folder, several), imatrix_text),
+            lambda: model_fingerprint(folder, weights, several),
             bar.measured,
+            bar.note,
         )
         reason = why_not_verifiable(several, weights)
     for warning in result.warnings:
@@ -310,6 +353,9 @@ def bench(models: tuple[Path, ...], out: Path | None, repeats: int, as_json: boo
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="[default: all cores]")
 @click.option("--hide-thought", is_flag=True, help="Show the answer only.")
+@click.option("--country", metavar="CODE", help="Whose emergency numbers to name, such as DE [default: locale's].")
+@click.option("--emergency-number", metavar="NUMBER", help="Emergency number in warnings [default: by country].")
+@click.option("--red-flags", type=click.Path(path_type=Path), help="Your own red-flag rules (YAML).")
 @json_option
 def chat(
     gguf: Path,
@@ -321,6 +367,9 @@ def chat(
     seed: int,
     threads: int | None,
     hide_thought: bool,
+    country: str | None,
+    emergency_number: str | None,
+    red_flags: Path | None,
     as_json: bool,
 ) -> None:
     """Talk to a GGUF in the terminal; its thought and its answer are told apart.
@@ -344,6 +393,9 @@ def chat(
         threads=threads,
         show_thought=not hide_thought,
         as_json=as_json,
+        emergency_number=emergency_number,
+        country=country,
+        red_flags=red_flags,
     )
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import difflib
 import reprlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import MedcotError
 
@@ -21,6 +22,9 @@ DEFAULT_PRESET = "smollm2-cpu"
 MAX_DEPTH = 4  # levels of settings, with one to spare: data.columns.question has three
 # PyYAML's constructors fail each in their own way on what they cannot build: '!!int', '!!timestamp x', '{[]: 1}'.
 YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+
+
+Validated = TypeVar("Validated", bound=BaseModel)
 
 
 class Section(BaseModel):
@@ -96,11 +100,31 @@ class LoraConfig(Section):
     )  # fmt: skip
 
 
+def _auto_or_count(value: Any) -> Any:
+    # A union's own errors would be two for one mistake.
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError("a whole number from 1 on, or auto")
+
+
+AutoOrCount = Annotated[int | Literal["auto"], BeforeValidator(_auto_or_count)]
+
+
 class TrainingConfig(Section):
     epochs: float = Field(1.0, gt=0, description="Passes over the training data, unless max_steps is set.")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides epochs.")
-    batch_size: int = Field(2, ge=1, description="Examples per forward pass.")
-    gradient_accumulation: int = Field(4, ge=1, description="Forward passes per optimizer step.")
+    batch_size: AutoOrCount = Field(
+        2, description="Examples per forward pass; auto: as many as fit, halved by itself when memory runs out."
+    )
+    gradient_accumulation: int = Field(
+        4, ge=1, description="Forward passes per optimizer step; with batch_size auto it follows from step_examples."
+    )
+    step_examples: int = Field(8, ge=1, description="Examples per optimizer step where batch_size is auto.")
+    processes: AutoOrCount = Field(
+        "auto",
+        description="Processes that share an optimizer step's examples, on one machine; auto: one a GPU, as far as "
+        "the examples can be shared evenly.",
+    )
     learning_rate: float = Field(2e-4, gt=0, le=1)
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     warmup_steps: int = Field(5, ge=0)
@@ -110,8 +134,37 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = Field(True, description="Recompute activations: less memory, slower.")
     logging_steps: int = Field(1, ge=1)
     checkpoint_steps: int = Field(20, ge=1, description="Steps between checkpoints.")
+    max_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="End training in time, with a usable adapter; the same command goes on with it. For sessions that "
+        "are cut off, as Kaggle's after 12 hours.",
+    )
+    eval_steps: int | None = Field(
+        None, ge=1, description="Steps between evaluations on the held-out records; null: only before and after."
+    )
+    patience: int | None = Field(
+        None, ge=1, description="Stop early after so many evaluations without a lower loss; needs eval_steps."
+    )
+    keep: Literal["best", "last"] = Field(
+        "best", description="Which adapter to keep: of the evaluation with the lowest loss, or of the last step."
+    )
     eval_batch_size: int = Field(4, ge=1)
-    report_to: Literal["none", "wandb", "tensorboard"] = Field("none", description="Where to send metrics besides.")
+    report_to: Literal["auto", "none", "wandb", "wandb-offline", "tensorboard"] = Field(
+        "auto",
+        description="Where metrics go besides metrics.jsonl; auto: to W&B where WANDB_MODE or WANDB_PROJECT is set.",
+    )
+
+    @property
+    def effective_batch(self) -> int:
+        """Examples per optimizer step, over all processes."""
+        return self.step_examples if self.batch_size == "auto" else self.batch_size * self.gradient_accumulation
+
+    @model_validator(mode="after")
+    def _patience_has_evaluations(self) -> TrainingConfig:
+        if self.patience is not None and self.eval_steps is None:
+            raise ValueError("patience counts evaluations during training: set eval_steps too")
+        return self
 
 
 class ExportConfig(Section):
@@ -156,6 +209,19 @@ class BenchConfig(Section):
     transformers: bool = Field(True, description="Also measure base + adapter under transformers.")
 
 
+class ReferenceRun(Section):
+    """A published training of the same recipe, to hold ours against."""
+
+    # In a chart's legend a leading underscore hides an entry, and dollars hold a formula.
+    name: str = Field(pattern=r"^[A-Za-z0-9][^$]*$", max_length=40)
+    source: str = Field(min_length=1, description="Where its losses were published.")
+    loss: dict[Annotated[int, Field(ge=0)], float] = Field(min_length=1, description="Training loss by optimizer step.")
+
+
+class ReportConfig(Section):
+    reference_runs: tuple[ReferenceRun, ...] = Field((), description="Published losses to show beside this run's.")
+
+
 class Config(Section):
     """Everything a run depends on; written to ``runs/<name>/config.yaml`` in full."""
 
@@ -172,40 +238,85 @@ class Config(Section):
     verify: VerifyConfig = Field(default_factory=lambda: VerifyConfig.model_validate({}))
     evaluation: EvaluationConfig = Field(default_factory=lambda: EvaluationConfig.model_validate({}))
     bench: BenchConfig = Field(default_factory=lambda: BenchConfig.model_validate({}))
+    report: ReportConfig = Field(default_factory=lambda: ReportConfig.model_validate({}))
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def preset_names() -> list[str]:
-    return sorted(path.stem for path in PRESETS_DIR.glob("*.yaml"))
+@dataclass(frozen=True)
+class Override:
+    """One setting changed from outside its file; ``origin`` says where, for whoever has to correct it."""
+
+    key: str
+    value: Any
+    origin: str
+
+    @classmethod
+    def parse(cls, text: str) -> Override:
+        """The ``key=value`` of ``--set``; raises MedcotError."""
+        key, separator, value = text.partition("=")
+        if not separator or not key:
+            raise MedcotError(f"--set {text}: write it as key=value, for example training.max_steps=10")
+        try:
+            return cls(key, yaml.safe_load(value) if value else None, f"--set {text}")
+        except YAML_ERRORS as error:
+            raise MedcotError(f"--set {text}: the value is not valid YAML") from error
 
 
-def load_config(name_or_path: str | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Resolve a preset's name or a YAML path, then ``key=value`` overrides, to a Config.
+@dataclass(frozen=True)
+class Settings:
+    """What a YAML file holds before it is validated; ``origins`` gives each dotted key's place ("file:line")."""
+
+    path: Path
+    values: dict[str, Any]
+    origins: dict[str, str]
+    problems: list[str]
+
+    def validated(self, schema: type[Validated]) -> Validated:
+        """Raises MedcotError listing every problem with its file, line and key."""
+        problems = list(self.problems)
+        try:
+            result = schema.model_validate(self.values)
+        except ValidationError as error:
+            problems += [_explain(detail, schema, self) for detail in error.errors()]
+        raise_all(problems)
+        return result
+
+    def origin(self, *location: str | int) -> str:
+        """The place of a key, or of the nearest one around it that was written down."""
+        around = (".".join(map(str, location[:n])) for n in range(len(location), 0, -1))
+        return next((self.origins[key] for key in around if key in self.origins), str(self.path))
+
+
+def raise_all(problems: Sequence[str]) -> None:
+    """All problems as one MedcotError on one line, if there are any."""
+    if problems:
+        raise MedcotError("; ".join(" ".join(problem.split()) for problem in problems))
+
+
+def preset_names(folder: Path = PRESETS_DIR) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def load_config(name_or_path: str | None = None, overrides: Sequence[str | Override] = ()) -> Config:
+    """Resolve a preset's name or a YAML path, then overrides (``key=value`` as text), to a Config.
 
     Raises MedcotError listing every problem with its file, line and key.
     """
-    path = _config_path(name_or_path or DEFAULT_PRESET)
-    values, lines, problems = _read_yaml(path)
-    values.setdefault("name", path.stem)
-    origins = {key: f"{path}:{line}" for key, line in lines.items()}
-    for override in overrides:
-        problem = _apply_override(values, origins, override)
-        if problem:
-            problems.append(problem)
-    try:
-        config = Config.model_validate(values)
-    except ValidationError as error:
-        problems += [_explain(detail, origins, path) for detail in error.errors()]
-    if problems:
-        raise MedcotError("; ".join(" ".join(problem.split()) for problem in problems))
-    return config
+    settings = read_settings(settings_path(name_or_path or DEFAULT_PRESET))
+    for given in overrides:
+        try:
+            _apply(settings, Override.parse(given) if isinstance(given, str) else given)
+        except MedcotError as error:
+            settings.problems.append(str(error))
+    return settings.validated(Config)
 
 
-def _config_path(name_or_path: str) -> Path:
-    if name_or_path in preset_names():
-        return PRESETS_DIR / f"{name_or_path}.yaml"
+def settings_path(name_or_path: str, folder: Path = PRESETS_DIR) -> Path:
+    """The file of a preset in ``folder``, or of a path; raises MedcotError when there is neither."""
+    if name_or_path in preset_names(folder):
+        return folder / f"{name_or_path}.yaml"
     path = Path(name_or_path)
     try:
         if path.is_file():
@@ -214,11 +325,13 @@ def _config_path(name_or_path: str) -> Path:
             raise MedcotError(f"{name_or_path!r} is a folder, not a configuration file: name the YAML file inside it.")
     except OSError as error:
         raise MedcotError(f"{name_or_path!r:.80} cannot be looked up: {error.strerror}.") from error
-    raise MedcotError(f"No preset and no file is called {name_or_path!r}: presets are {', '.join(preset_names())}.")
+    raise MedcotError(
+        f"No preset and no file is called {name_or_path!r}: presets are {', '.join(preset_names(folder))}."
+    )
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int], list[str]]:
-    """The file's values, the line of each dotted key, and what is wrong with it beyond the schema."""
+def read_settings(path: Path) -> Settings:
+    """Read a YAML file; its name is the setting ``name`` unless it says otherwise. Raises MedcotError."""
     try:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -231,7 +344,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int], list[str]]:
         reason = " ".join((getattr(error, "problem", None) or str(error) or type(error).__name__).split())
         raise MedcotError(f"{where} is not valid YAML: {reason}.") from error
     if values is None:
-        return {}, {}, []
+        values = {}
     if not isinstance(values, dict):
         raise MedcotError(f"{path} must hold settings as 'key: value' lines, not a {type(values).__name__}.")
     lines: dict[str, int] = {}
@@ -240,12 +353,19 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int], list[str]]:
         if key in lines:
             problems.append(f"{path}:{line}: {key} is set twice (first on line {lines[key]})")
         lines[key] = line
-    return values, lines, problems
+    values.setdefault("name", path.stem)
+    return Settings(path, values, {key: f"{path}:{line}" for key, line in lines.items()}, problems)
 
 
 def _keys_with_lines(node: yaml.Node | None, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, int]]:
     # An alias can make a mapping contain itself; no setting lies deeper than this.
-    if not isinstance(node, yaml.MappingNode) or depth > MAX_DEPTH:
+    if depth > MAX_DEPTH:
+        return
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            if isinstance(item, yaml.MappingNode):
+                yield from _keys_with_lines(item, f"{prefix}{index}.", depth + 1)
+    if not isinstance(node, yaml.MappingNode):
         return
     for key_node, value_node in node.value:
         key = f"{prefix}{key_node.value}"
@@ -253,37 +373,27 @@ def _keys_with_lines(node: yaml.Node | None, prefix: str = "", depth: int = 0) -
         yield from _keys_with_lines(value_node, f"{key}.", depth + 1)
 
 
-def _apply_override(values: dict[str, Any], origins: dict[str, str], override: str) -> str | None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        return f"--set {override}: write it as key=value, for example training.max_steps=10"
-    try:
-        value = yaml.safe_load(text) if text else None
-    except YAML_ERRORS:
-        return f"--set {override}: the value is not valid YAML"
-    *sections, last = key.split(".")
-    target = values
-    for section in sections:
+def _apply(settings: Settings, override: Override) -> None:
+    *sections, last = override.key.split(".")
+    target = settings.values
+    for depth, section in enumerate(sections, start=1):
+        settings.origins.setdefault(".".join(sections[:depth]), override.origin)
         inner = target.setdefault(section, {})
         if inner is None:
             inner = target[section] = {}
         if not isinstance(inner, dict):
-            return f"--set {override}: {section} is a value, not a section"
+            raise MedcotError(f"{override.origin}: {section} is a value, not a section")
         target = inner
-    target[last] = value
-    origins[key] = f"--set {override}"
-    return None
+    target[last] = override.value
+    settings.origins[override.key] = override.origin
 
 
-def _explain(detail: Any, origins: dict[str, str], path: Path) -> str:
+def _explain(detail: Any, schema: type[BaseModel], settings: Settings) -> str:
     location = [str(part) for part in detail["loc"] if not isinstance(part, int)]
     key = ".".join(location)
-    where = next(
-        (origins[".".join(location[:n])] for n in range(len(location), 0, -1) if ".".join(location[:n]) in origins),
-        str(path),
-    )
+    where = settings.origin(*detail["loc"])
     if detail["type"] == "extra_forbidden":
-        known = sorted(_section_at(location[:-1]).model_fields)
+        known = sorted(_section_at(schema, location[:-1]).model_fields)
         close = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
         return f"{where}: unknown key {key} ({hint})"
@@ -293,11 +403,13 @@ def _explain(detail: Any, origins: dict[str, str], path: Path) -> str:
     return f"{where}: {key or 'configuration'}: {message[0].lower()}{message[1:]} (found {shown})"
 
 
-def _section_at(location: Sequence[str]) -> type[BaseModel]:
-    section: type[BaseModel] = Config
+def _section_at(schema: type[BaseModel], location: Sequence[str]) -> type[BaseModel]:
+    section = schema
     for part in location:
         annotation = section.model_fields[part].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        inner = [each for each in (annotation, *get_args(annotation)) if isinstance(each, type)]
+        inner = [each for each in inner if issubclass(each, BaseModel)]
+        if not inner:
             break
-        section = annotation
+        section = inner[0]
     return section

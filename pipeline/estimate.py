@@ -12,6 +12,7 @@ import time
 
 from pydantic import BaseModel, ConfigDict
 
+from pipeline.checkpoints import KEPT
 from pipeline.config import Config
 from pipeline.hardware import GIBIBYTE, MEBIBYTE, Hardware
 from pipeline.model_size import ModelSize
@@ -47,6 +48,7 @@ _DOWNLOAD_BYTES_PER_SECOND = 50e6
 _IMATRIX_TOKENS = 2048  # that an importance matrix is measured on (export/importance.py)
 # Verify loads every file and asks it for the vocabulary and the templates.
 _VERIFY_SECONDS, _VERIFY_SECONDS_PER_FILE = 12.0, 10.0
+_AUTO_BATCH_SHARE = 0.8  # of the memory: an estimate can be off by a quarter
 # Tokenizer libraries without a model, and a vocabulary's entry in them.
 _PREPARE_BYTES, _TOKEN_BYTES = 0.35 * GIBIBYTE, 1500
 
@@ -104,8 +106,7 @@ def gpu_teraflops(hardware: Hardware) -> float | None:
 def steps_of(config: Config, train_rows: int) -> int:
     """Optimizer steps of the training: max_steps, or as many as the epochs make."""
     training = config.training
-    batches = math.ceil(train_rows / training.batch_size)
-    return training.max_steps or math.ceil(training.epochs * math.ceil(batches / training.gradient_accumulation))
+    return training.max_steps or math.ceil(training.epochs * math.ceil(train_rows / training.effective_batch))
 
 
 class Estimator:
@@ -168,11 +169,22 @@ class Estimator:
         return StageEstimate(
             stage="train",
             seconds=None if speed is None else loading + download / _DOWNLOAD_BYTES_PER_SECOND + operations / speed,
-            memory_bytes=int(_CUDA_HOST_BYTES if on_gpu else self.training_bytes(training.batch_size)),
-            gpu_memory_bytes=int(self.training_bytes(training.batch_size)) if on_gpu else 0,
-            disk_bytes=int(self.size.trained(self.config.lora) * 4 * 5),  # adapter, two checkpoints with moments
+            memory_bytes=int(_CUDA_HOST_BYTES if on_gpu else self.training_bytes(self.batch_size)),
+            gpu_memory_bytes=int(self.training_bytes(self.batch_size)) if on_gpu else 0,
+            # The adapter, and with the checkpoint being written as many as are ever there; each has the moments too.
+            disk_bytes=int(self.size.trained(self.config.lora) * (4 + (KEPT + 1) * (4 + self._moment_bytes))),
             cache_bytes=int(download),
         )
+
+    @property
+    def batch_size(self) -> int:
+        """Examples at once: as set, or with auto the most that should fit and that divide an optimizer step's."""
+        training = self.config.training
+        if training.batch_size != "auto":
+            return training.batch_size
+        memory = _AUTO_BATCH_SHARE * (self.hardware.gpu_memory_bytes or self.hardware.available_memory_bytes)
+        sizes = (size for size in range(training.effective_batch, 1, -1) if training.effective_batch % size == 0)
+        return next((size for size in sizes if self.training_bytes(size) <= memory), 1)
 
     def training_bytes(self, batch_size: int) -> float:
         """Where training computes, on the GPU or in RAM: weights, adapter and optimizer, activations, the rest."""
@@ -278,16 +290,19 @@ class Estimator:
 
     def _step_tokens(self) -> float:
         """Tokens of an optimizer step; a batch is padded to its longest example."""
-        training = self.config.training
         spread = self.work.longest_tokens - self.work.mean_tokens
         # The expected longest of n examples moves from the mean towards the longest as n grows.
-        padded = self.work.mean_tokens + spread * (1 - 1 / training.batch_size) * 0.6
-        return padded * training.batch_size * training.gradient_accumulation
+        padded = self.work.mean_tokens + spread * (1 - 1 / self.batch_size) * 0.6
+        return padded * self.config.training.effective_batch
 
     def _trainable_bytes(self) -> float:
-        """Adapter weights and gradients in 32 bit, and Adam's two moments: a byte each if the optimizer is 8-bit."""
-        moments = 2 if "8bit" in self.config.training.optimizer and self.hardware.device == "cuda" else 8
-        return self.size.trained(self.config.lora) * (4 + 4 + moments)
+        """Adapter weights and gradients in 32 bit, and Adam's two moments."""
+        return self.size.trained(self.config.lora) * (4 + 4 + self._moment_bytes)
+
+    @property
+    def _moment_bytes(self) -> int:
+        """Both moments of one weight: a byte each if the optimizer is 8-bit, which it is on GPUs only."""
+        return 2 if "8bit" in self.config.training.optimizer and self.hardware.device == "cuda" else 8
 
     def _base_bytes(self) -> float:
         """What has to be downloaded, unless it is here already: the base as its repository holds it."""

@@ -137,8 +137,8 @@ def _memory_advice(config: Config, stage: StageEstimate, estimator: Estimator, h
     if not config.model.load_in_4bit:
         return "set model.load_in_4bit=true"
     fitting = largest_batch(config, estimator, there)
-    if 0 < fitting < training.batch_size:
-        times = training.batch_size * training.gradient_accumulation // fitting
+    if 0 < fitting < estimator.batch_size:
+        times = training.effective_batch // fitting
         return f"set training.batch_size={fitting} and training.gradient_accumulation={times}"
     if not training.gradient_checkpointing:
         return "set training.gradient_checkpointing=true"

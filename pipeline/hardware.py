@@ -57,7 +57,7 @@ def detect(folder: Path, cache: Path | None = None) -> Hardware:
     names: tuple[str, ...] = ()
     gpu_memory = 0
     capability = None
-    if _may_have_gpu():
+    if may_have_gpu():
         import torch
 
         if torch.cuda.is_available():
@@ -121,8 +121,8 @@ def compute_dtype(requested: str, hardware: Hardware) -> Choice:
     return Choice("float16", f"{hardware.gpu_names[0]} has no bfloat16 (compute capability below 8.0)")
 
 
-def _may_have_gpu() -> bool:
-    """Importing torch takes seconds, so it is only asked where a driver is."""
+def may_have_gpu() -> bool:
+    """Whether there is a driver; importing torch takes seconds, so it is only asked where there is."""
     return Path("/proc/driver/nvidia").exists() or Path("/dev/nvidiactl").exists() or bool(shutil.which("nvidia-smi"))
 
 

@@ -89,9 +89,7 @@ def make_plan(
         survey=survey,
         workload=work,
         steps=steps,
-        tokens_trained=round(
-            steps * config.training.batch_size * config.training.gradient_accumulation * work.mean_tokens
-        ),
+        tokens_trained=round(steps * config.training.effective_batch * work.mean_tokens),
         parameters=size.parameters,
         trained_parameters=size.trained(config.lora),
         cpu_gflops=round(gflops, 1),

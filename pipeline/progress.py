@@ -16,6 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from pipeline.ranks import is_first
+
 PLAIN_LINES = 6  # lines about one training where there is no terminal
 _PLAIN_SECONDS = 10.0  # between two lines about an export there; a shorter export has none
 
@@ -24,7 +26,7 @@ class TrainingProgressBar:
     """Steps with loss, tokens/s and time left."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, quiet=not is_first())
         self._progress = Progress(
             TextColumn("train"),
             BarColumn(),

@@ -86,6 +86,17 @@ class TrainedAdapter(Measurement):
     device: str
     dtype: str
     load_in_4bit: bool
+    finished: bool = Field(
+        default=True, description="False when training.max_minutes ended it: the next run goes on from ``steps``."
+    )
+    planned_steps: int | None = Field(default=None, description="Steps that the configuration asks for.")
+    stopped_early: bool = Field(default=False, description="Whether training.patience ended it.")
+    kept_step: int | None = Field(default=None, description="The step whose adapter this is: the best, or the last.")
+    eval_loss: list[LossPoint] = Field(
+        default=[], description="On the held-out records; step 0 is the base alone, eval_loss_after is kept_step's."
+    )
+    batch_size: int | None = Field(default=None, description="Examples per forward pass of one process.")
+    gradient_accumulation: int | None = Field(default=None, description="Forward passes per optimizer step.")
 
 
 class ExportedFile(Measurement):

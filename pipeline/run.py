@@ -14,7 +14,6 @@ import importlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,8 +24,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from pipeline import __version__, results
+from pipeline import __version__, ranks, results
 from pipeline.artifacts import (
+    CHECKPOINTS_NAME,
     IN_PROGRESS_NAME,
     MANIFEST_NAME,
     Manifest,
@@ -41,6 +41,7 @@ from pipeline.artifacts import (
 from pipeline.base_model import base_identity
 from pipeline.config import Config, load_config
 from pipeline.errors import MedcotError
+from pipeline.processes import PARENT_VARIABLE, ended_by_signal
 from pipeline.sources import source_identity
 
 CONFIG_NAME = "config.yaml"
@@ -54,8 +55,9 @@ class Stage:
     """One step of the pipeline.
 
     ``function`` is "module:name", imported only in the stage's process; ``settings`` are the dotted keys of the
-    configuration that its output depends on; ``packages`` the distributions whose versions matter;
-    ``environment`` what its process finds set unless the user has set it.
+    configuration that its output depends on, but for those of them in ``free``; ``packages`` the distributions
+    whose versions matter; ``environment`` what its process finds set unless the user has set it; ``module`` is what
+    its process runs.
     """
 
     name: str
@@ -66,6 +68,8 @@ class Stage:
     packages: tuple[str, ...]
     result: type[BaseModel]
     environment: Mapping[str, str] = field(default_factory=dict)
+    module: str = "pipeline.stage_process"
+    free: tuple[str, ...] = ()
 
     def load(self) -> Callable[[Config, dict[str, Path], Path], BaseModel]:
         module, _, name = self.function.partition(":")
@@ -89,11 +93,13 @@ STAGES = (
         folder="adapter",
         inputs=("prepare",),
         settings=("seed", "model", "prompt", "lora", "training"),
+        free=("training.max_minutes", "training.processes", "training.report_to"),
         packages=("unsloth", "trl", "peft", "transformers", "torch", "bitsandbytes"),
         result=results.TrainedAdapter,
         # glibc maps every large tensor anew and returns it to the system at once; kept, a CPU step is 8 % faster
         # (LOG.md, 2026-11-22).
         environment={"MALLOC_MMAP_THRESHOLD_": "2000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000"},
+        module="pipeline.launch",
     ),
     Stage(
         name="export",
@@ -136,7 +142,7 @@ STAGES = (
         function="bench.report:report",
         folder="report",
         inputs=("prepare", "train", "export", "verify", "evaluate", "bench"),
-        settings=("name",),
+        settings=("name", "report"),
         packages=("matplotlib", "jinja2"),
         result=results.Report,
     ),
@@ -203,7 +209,16 @@ def run(
     Raises MedcotError when a stage fails or cannot fit, GateFailed when a gate does; finished artifacts stay.
     """
     chosen = _chosen(only, until)
-    with _locked(run_dir):
+    if ranks.world_size() > 1 and only != "train":
+        raise MedcotError(
+            "Of the stages only training runs on several processes: start it under torchrun with --only train, and the "
+            "others without torchrun."
+        )
+    if not ranks.is_first():
+        # The first process has the run's folder to itself; its training tells the others what to do.
+        _run_in_process(chosen[0], run_dir)
+        return RunOutcome(run_dir, [])
+    with locked(run_dir):
         write_text(run_dir / CONFIG_NAME, config.to_yaml())
         outcomes: list[StageOutcome] = []
         planned = not plan_first
@@ -212,6 +227,8 @@ def run(
             if state.finished is not None:
                 announce(f"{stage.name}: up to date")
                 outcomes.append(StageOutcome(stage, "up to date", state.finished, run_dir / stage.folder))
+                if ranks.world_size() > 1:
+                    _run_in_process(stage, run_dir)  # tells the other machines, which wait for it
                 continue
             ahead = [each.name for each in chosen[index:]]
             if not planned and not _NOTHING_TO_PLAN.issuperset(ahead):
@@ -229,6 +246,9 @@ def stage_inputs(stage: Stage, run_dir: Path) -> dict[str, Path]:
 def stage_config(stage: Stage, config: Config) -> dict[str, Any]:
     """The part of the configuration, and of the world outside, that the stage's output depends on."""
     values = config.model_dump(mode="json")
+    for key in stage.free:
+        section, _, name = key.partition(".")
+        del values[section][name]
     picked: dict[str, Any] = {}
     for key in stage.settings:
         value = values
@@ -271,7 +291,7 @@ def _examine(stage: Stage, config: Config, run_dir: Path, force: bool) -> _State
     folder = run_dir / stage.folder
     expected = identify(stage, config, run_dir).fingerprint
     manifest = read_manifest(folder)
-    if manifest is None or force:
+    if manifest is None or force or _is_unfinished(manifest, expected):
         return _State(expected, None, None)
     damaged = changed_files(folder, manifest)
     if damaged:
@@ -279,6 +299,16 @@ def _examine(stage: Stage, config: Config, run_dir: Path, force: bool) -> _State
     if manifest.fingerprint != expected:
         return _State(expected, None, "its settings, inputs or versions changed")
     return _State(expected, manifest, None)
+
+
+def finished_artifact(stage: Stage, config: Config, run_dir: Path) -> Manifest | None:
+    """The manifest of the stage's artifact if that is up to date; raises MedcotError when an input is not finished."""
+    return _examine(stage, config, run_dir, force=False).finished
+
+
+def _is_unfinished(manifest: Manifest, expected: str) -> bool:
+    """Whether it is a training that ran out of time: good for the later stages, and gone on with by the next run."""
+    return manifest.fingerprint == expected and not manifest.result.get("finished", True)
 
 
 def _make(stage: Stage, state: _State, run_dir: Path, force: bool, announce: Callable[[str], None]) -> StageOutcome:
@@ -291,6 +321,9 @@ def _make(stage: Stage, state: _State, run_dir: Path, force: bool, announce: Cal
     made = read_manifest(folder)
     if made is None:
         raise MedcotError(f"{stage.name} ended without writing {folder / MANIFEST_NAME}: run it again with --debug.")
+    if not _is_unfinished(made, state.expected):
+        # Not before the manifest stands: a kill in between would cost the whole training.
+        shutil.rmtree(folder / CHECKPOINTS_NAME, ignore_errors=True)
     return StageOutcome(stage, status, made, folder)
 
 
@@ -306,8 +339,13 @@ def identify(stage: Stage, config: Config, run_dir: Path) -> StageIdentity:
 
 
 def _start_folder(stage: Stage, folder: Path, expected: str, force: bool) -> Status:
-    """Keep what an interrupted attempt at the same thing left, else begin with an empty folder."""
+    """Keep what an interrupted or unfinished attempt at the same thing left, else begin with an empty folder."""
     in_progress = folder / IN_PROGRESS_NAME
+    manifest = read_manifest(folder)
+    if manifest is not None and _is_unfinished(manifest, expected) and not force:
+        # In this order: a kill in between leaves both, which is as good.
+        write_json(in_progress, {"stage": stage.name, "fingerprint": expected})
+        (folder / MANIFEST_NAME).unlink()
     if in_progress.is_file() and not force:
         try:
             interrupted = json.loads(in_progress.read_text())["fingerprint"]
@@ -316,8 +354,7 @@ def _start_folder(stage: Stage, folder: Path, expected: str, force: bool) -> Sta
         if interrupted == expected:
             return "gone on with"
     if folder.exists():
-        ours = in_progress.is_file() or (folder / MANIFEST_NAME).is_file()
-        if not ours and any(folder.iterdir()):
+        if not is_ours(folder):
             raise MedcotError(
                 f"{folder} holds files that medcot did not make: choose another --run-dir or empty that folder."
             )
@@ -327,8 +364,14 @@ def _start_folder(stage: Stage, folder: Path, expected: str, force: bool) -> Sta
     return "made"
 
 
+def is_ours(folder: Path) -> bool:
+    """Whether a folder is an artifact, finished or not, or empty: it may be made again."""
+    made = (folder / IN_PROGRESS_NAME).is_file() or (folder / MANIFEST_NAME).is_file()
+    return made or not any(folder.iterdir())
+
+
 def _run_in_process(stage: Stage, run_dir: Path) -> None:
-    _child(stage.name, ["pipeline.stage_process", stage.name, str(run_dir)], stage.environment)
+    _child(stage.name, [stage.module, stage.name, str(run_dir)], stage.environment)
 
 
 def _child(name: str, module_and_arguments: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -337,7 +380,7 @@ def _child(name: str, module_and_arguments: Sequence[str], environment: Mapping[
     search_path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         [sys.executable, "-m", *module_and_arguments],
-        env={**environment, **os.environ, "PYTHONPATH": search_path},
+        env={**environment, **os.environ, "PYTHONPATH": search_path, PARENT_VARIABLE: str(os.getpid())},
     )
     try:
         status = process.wait()
@@ -350,9 +393,7 @@ def _child(name: str, module_and_arguments: Sequence[str], environment: Mapping[
             process.wait()
         raise
     if status < 0:
-        signal_name = signal.Signals(-status).name
-        reason = " (often: out of memory)" if -status == signal.SIGKILL else ""
-        raise MedcotError(f"{name} was ended by {signal_name}{reason}: the same command goes on from where it was.")
+        raise MedcotError(ended_by_signal(name, -status))
     if status != 0:
         raise StageFailed(name, status)
 
@@ -366,9 +407,13 @@ class StageFailed(MedcotError):
         self.exit_status = exit_status
 
 
+class FolderBusy(MedcotError):
+    """Another process works in the folder."""
+
+
 @contextmanager
-def _locked(run_dir: Path) -> Iterator[None]:
-    """Keep two runs out of one folder; the lock goes with the process, however it ends."""
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keep two runs out of one folder; the lock goes with the process, however it ends. Raises FolderBusy."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         stream = (run_dir / LOCK_NAME).open("w")
@@ -378,8 +423,8 @@ def _locked(run_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise MedcotError(
-                f"Another medcot run is at work in {run_dir}: wait for it or choose another --run-dir."
+            raise FolderBusy(
+                f"Another medcot run is at work in {run_dir}: wait for it or choose another folder."
             ) from error
         yield
 

@@ -1,15 +1,16 @@
-"""One stage in a process of its own: ``python -m pipeline.stage_process STAGE RUN_DIR`` (started by run.py)."""
+"""One stage in a process of its own: ``python -m pipeline.stage_process STAGE RUN_DIR`` (started by run.py).
+
+Or in each of several, which train together: then the first alone writes the artifact.
+"""
 
 from __future__ import annotations
 
-import errno
-import os
 import sys
 import time
-import traceback
 from datetime import UTC, datetime
 from pathlib import Path
 
+from pipeline import ranks
 from pipeline.artifacts import (
     IN_PROGRESS_NAME,
     FileRecord,
@@ -18,10 +19,12 @@ from pipeline.artifacts import (
     sha256_file,
     write_manifest,
 )
-from pipeline.errors import MedcotError
+from pipeline.common_ground import copy_from_first, require_same_identity
 from pipeline.memory import peak_memory_bytes
-from pipeline.processes import end_with_parent, quiet_libraries
+from pipeline.processes import run_as_child
 from pipeline.run import (
+    CONFIG_NAME,
+    Stage,
     identify,
     load_run_config,
     stage_inputs,
@@ -29,43 +32,29 @@ from pipeline.run import (
 )
 
 
-def main(stage_name: str, run_dir: Path) -> int:
-    """Run one stage and write its manifest; returns the exit status, the message is on standard error."""
-    end_with_parent()
-    quiet_libraries()
-    # Libraries print to standard output; under --json that belongs to the result alone.
-    os.dup2(2, 1)
-    try:
-        perform(stage_name, run_dir)
-    except MedcotError as error:
-        return _complain(stage_name, str(error), error.exit_status)
-    except KeyboardInterrupt:
-        return 130
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            message = f"The disk is full ({error.filename or run_dir}): free some space; the same command goes on."
-        else:
-            message = f"{error.filename or run_dir}: {error.strerror or error}"
-        return _complain(stage_name, message, 1)
-    except MemoryError:
-        return _complain(stage_name, "Out of memory: lower training.batch_size or model.max_seq_length.", 1)
-    except Exception as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        message = f"{type(error).__name__}: {first_line} (an error of medcot or a library; --debug shows where)"
-        return _complain(stage_name, message, 1)
-    return 0
-
-
-def perform(stage_name: str, run_dir: Path) -> Manifest:
-    """Run the stage in this process and leave a finished artifact in its folder."""
+def perform(stage_name: str, run_dir: Path) -> None:
+    """Run the stage in this process; a finished artifact is then in its folder."""
     stage = stage_named(stage_name)
+    ranks.join_group()
+    if ranks.from_first((run_dir / stage.folder / IN_PROGRESS_NAME).is_file()):
+        if ranks.on_several_machines():
+            _copy_what_is_needed(stage, run_dir)
+        _make_artifact(stage, run_dir)
+    # Else run.py has found the artifact up to date, and started this for the other machines to hear of it.
+    ranks.leave_group()
+
+
+def _make_artifact(stage: Stage, run_dir: Path) -> None:
     config = load_run_config(run_dir)
     inputs = stage_inputs(stage, run_dir)
     out_dir = run_dir / stage.folder
     # Before the work: an input that is changed meanwhile must not look up to date afterwards.
     identity = identify(stage, config, run_dir)
+    require_same_identity(identity)
     started = time.monotonic()
     result = stage.load()(config, inputs, out_dir)
+    if not ranks.is_first():
+        return
     files = [
         FileRecord(path=str(path.relative_to(out_dir)), size=path.stat().st_size, sha256=sha256_file(path))
         for path in artifact_files(out_dir)
@@ -84,15 +73,15 @@ def perform(stage_name: str, run_dir: Path) -> Manifest:
     )
     write_manifest(out_dir, manifest)
     (out_dir / IN_PROGRESS_NAME).unlink(missing_ok=True)
-    return manifest
 
 
-def _complain(stage_name: str, message: str, status: int) -> int:
-    if os.environ.get("MEDCOT_DEBUG"):
-        traceback.print_exc()
-    print(f"Error in {stage_name}: {message}", file=sys.stderr)
-    return status
+def _copy_what_is_needed(stage: Stage, run_dir: Path) -> None:
+    """The configuration, the inputs and what an interrupted attempt left, where this machine's storage lacks them."""
+    copy_from_first(run_dir / CONFIG_NAME)
+    for folder in (*stage_inputs(stage, run_dir).values(), run_dir / stage.folder):
+        copy_from_first(folder)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], Path(sys.argv[2])))
+    name, folder = sys.argv[1], Path(sys.argv[2])
+    sys.exit(run_as_child(name, folder, lambda: perform(name, folder)))

@@ -1,337 +1,273 @@
-"""Stage 2: fine-tune LoRA adapters on the completions alone. The only importer of unsloth and trl.
+"""Stage 2: fine-tune LoRA adapters on the completions alone.
 
     medcot run --only train
 
 Token ids and labels come from ``pipeline/prompts.py``; the trainer is told to leave them as they are. The same
-path serves GPUs and, since Unsloth 2026.10, the CPU.
+path serves GPUs and, since Unsloth 2026.10, the CPU. Training goes on from its last whole checkpoint, with the data
+order, random numbers, optimizer and loss curve of a training that was never stopped.
 """
 
 from __future__ import annotations
 
-import json
-import math
+import gc
 import shutil
-import time
-from collections.abc import Sequence
+import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.adapter_recipe import AdapterRecipe, write_recipe
-from pipeline.artifacts import write_text
+from pipeline import ranks
+from pipeline.artifacts import CHECKPOINTS_NAME, SCRATCH_NAME, TRACKING_NAME
 from pipeline.base_model import load_tokenizer, local_base
-from pipeline.chat_template import template_sha256
-from pipeline.checkpoints import TrainingProgress, latest_whole, seal
+from pipeline.checkpoints import (
+    TrainingProgress,
+    checkpoint_path,
+    disk_errors_told,
+    latest_whole,
+    remove_after,
+    whole,
+)
 from pipeline.config import Config
 from pipeline.errors import MedcotError
-from pipeline.hardware import compute_dtype, detect
-from pipeline.prepare import EVAL_FILE, TRAIN_FILE, load_examples
-from pipeline.progress import TrainingProgressBar
-from pipeline.prompts import IGNORED_LABEL, ChatFormat, EncodedExample, Example
+from pipeline.estimate import Estimator, Workload
+from pipeline.hardware import Hardware, compute_dtype, detect
+from pipeline.model_size import ModelSize
+from pipeline.prepare import EVAL_FILE, TRAIN_FILE
+from pipeline.prompts import ChatFormat
 from pipeline.results import LossPoint, TrainedAdapter
+from pipeline.tracking import track
+from pipeline.training.arguments import trainer_arguments
+from pipeline.training.batch import Batch, first_batch, is_out_of_memory, keep_batch, memory_advice
+from pipeline.training.held_out import best_of, out_of_patience
+from pipeline.training.lora_model import (
+    adapter_weights,
+    count_parameters,
+    import_unsloth,
+    load_checkpoint_weights,
+    load_lora_model,
+    save_adapter,
+    set_adapter_weights,
+)
+from pipeline.training.metrics_log import MetricsLog
+from pipeline.training.rows import Collator, TokenCounts, encoded_rows
+from pipeline.training.time_budget import TimeBudget
 from pipeline.vocabulary import TransformersVocabulary
 
+if TYPE_CHECKING:
+    from pipeline.training.trainer import AdapterTrainer
+
 METRICS_FILE = "metrics.jsonl"
-CHECKPOINTS_DIR = "checkpoints"
-_LOSS_POSITIONS = 128  # of the held-out loss at a time
-KEPT_CHECKPOINTS = 2  # the newest may be torn by a kill; the one before it is then used
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """What stays the same when training is begun again with a smaller batch."""
+
+    config: Config
+    model: Any
+    tokenizer: Any
+    train_rows: Any
+    eval_rows: Any
+    hardware: Hardware
+    dtype: str
+    out_dir: Path
+    budget: TimeBudget
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.out_dir / CHECKPOINTS_NAME
 
 
 def train(config: Config, inputs: dict[str, Path], out_dir: Path) -> TrainedAdapter:
     """Train on ``inputs["prepare"]`` and leave adapter, tokenizer and metrics.jsonl in ``out_dir``.
 
-    Goes on from the last whole checkpoint in ``out_dir/checkpoints`` if there is one.
+    Goes on from the last whole checkpoint in ``out_dir/checkpoints`` if there is one. A result that is not
+    ``finished`` keeps that folder for the next session. Raises TrainingDiverged, or MedcotError when memory or disk
+    do not suffice.
     """
-    _import_unsloth()
+    budget = TimeBudget(config.training.max_minutes)
+    import_unsloth()
     base = local_base(config.model.base, config.model.revision)
     tokenizer = load_tokenizer(base)
     chat_format = ChatFormat(tokenizer.chat_template, TransformersVocabulary(tokenizer), config.prompt.system)
-    train_rows = encode_all(chat_format, load_examples(inputs["prepare"] / TRAIN_FILE))
-    eval_rows = encode_all(chat_format, load_examples(inputs["prepare"] / EVAL_FILE))
+    # Each process encodes for itself: on another machine there is no file of the first.
+    scratch = out_dir / SCRATCH_NAME / f"rank{ranks.rank()}"
+    train_rows, counts = encoded_rows(chat_format, inputs["prepare"] / TRAIN_FILE, scratch / "train.arrow")
+    eval_rows, _ = encoded_rows(chat_format, inputs["prepare"] / EVAL_FILE, scratch / "eval.arrow")
     hardware = detect(out_dir)
-    dtype = compute_dtype(config.model.dtype, hardware)
-    model = _lora_model(config, base, dtype.value)
-    metrics = MetricsLog(out_dir / METRICS_FILE)
-    checkpoint = latest_whole(out_dir / CHECKPOINTS_DIR)
-    progress = checkpoint[1] if checkpoint else TrainingProgress(0, 0.0, 0)
-    metrics.keep_until(progress.step)
-    trainer = _trainer(config, model, tokenizer, train_rows, eval_rows, out_dir, metrics, progress, dtype.value)
+    dtype = compute_dtype(config.model.dtype, hardware).value
+    batch = first_batch(
+        config.training,
+        out_dir / CHECKPOINTS_NAME,
+        lambda: _estimator(config, base, counts, len(eval_rows), hardware, dtype).batch_size,
+    )
+    model = _load_model(config, base, dtype)
+    trainee = Trainee(config, model, tokenizer, train_rows, eval_rows, hardware, dtype, out_dir, budget)
+    result = _train_in_memory(trainee, batch)
+    shutil.rmtree(out_dir / SCRATCH_NAME, ignore_errors=True)
+    return result
 
-    before = metrics.eval_loss(step=0)
-    if before is None:
-        before = _held_out_loss(trainer)
-        metrics.append({"step": 0, "eval_loss": before})
-    trainer.train(resume_from_checkpoint=str(checkpoint[0]) if checkpoint else None)
-    after = _held_out_loss(trainer)
-    metrics.append({"step": trainer.state.global_step, "eval_loss": after})
-    _save_adapter(config, trainer.model, tokenizer, out_dir)
-    shutil.rmtree(out_dir / CHECKPOINTS_DIR, ignore_errors=True)
+
+def _load_model(config: Config, base: Path, dtype: str) -> Any:
+    try:
+        return load_lora_model(config, base, dtype)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = "choose a smaller model.base" if config.model.load_in_4bit else "set model.load_in_4bit=true"
+        raise MedcotError(f"Memory does not suffice to load {config.model.base}: {advice}.") from error
+
+
+def _estimator(
+    config: Config, base: Path, counts: TokenCounts, eval_rows: int, hardware: Hardware, dtype: str
+) -> Estimator:
+    """For memory alone: neither the CPU's speed nor what a completion takes has a part in it."""
+    work = Workload(
+        rows=counts.rows + eval_rows,
+        train_rows=counts.rows,
+        eval_rows=eval_rows,
+        mean_tokens=counts.mean,
+        mean_completion_tokens=counts.mean,
+        longest_tokens=counts.longest,
+    )
+    return Estimator(config, ModelSize.of(base), work, hardware, cpu_gflops=1.0, dtype=dtype, base_is_here=True)
+
+
+def _train_in_memory(trainee: Trainee, batch: Batch) -> TrainedAdapter:
+    """Train with ``batch``; with batch_size auto, and with one process, begin again with a smaller one if need be."""
+    config = trainee.config
+    automatic = config.training.batch_size == "auto"
+    untrained = adapter_weights(trainee.model) if automatic else {}
+    while True:
+        try:
+            return _train(trainee, batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            smaller = batch.smaller() if automatic else None
+            if smaller is None:
+                raise MedcotError(
+                    f"Memory does not suffice to train with {batch.size} example(s) at once: "
+                    f"{memory_advice(config, batch)}."
+                ) from error
+            keep_batch(smaller, trainee.checkpoints)
+            if ranks.world_size() > 1:
+                # The others wait for this one in the middle of a step, and can only be ended.
+                raise MedcotError(
+                    f"Memory does not suffice to train with {batch.size} examples at once: the same command goes on "
+                    f"with {smaller.size}."
+                ) from error
+        # Not before the exception is gone, whose frames hold the tensors of the step.
+        _announce(f"train: memory does not suffice for {batch.size} examples at once, goes on with {smaller.size}")
+        batch = smaller
+        trainee.model.zero_grad(set_to_none=True)
+        set_adapter_weights(trainee.model, untrained)
+        _free_memory()
+
+
+def _free_memory() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _train(trainee: Trainee, batch: Batch) -> TrainedAdapter:
+    """One attempt, from the last whole checkpoint or the beginning to the end or until the time is up."""
+    from pipeline.training.trainer import AdapterTrainer
+
+    config, out_dir = trainee.config, trainee.out_dir
+    found = latest_whole(trainee.checkpoints)
+    progress = found[1] if found else TrainingProgress(0, 0.0, 0)
+    ranks.wait_for_all()
+    if ranks.is_first():
+        remove_after(trainee.checkpoints, progress.step)
+    metrics = MetricsLog(out_dir / METRICS_FILE, progress.step)
+    on_cpu = trainee.model.device.type == "cpu"
+    with track(config, out_dir / TRACKING_NAME, tuple(metrics.rows), _announce) as metrics.follow:
+        trainer = AdapterTrainer(
+            settings=config.training,
+            arguments=trainer_arguments(config, trainee.checkpoints, trainee.dtype, on_cpu, batch),
+            progress=progress,
+            metrics=metrics,
+            budget=trainee.budget,
+            model=trainee.model,
+            train_dataset=trainee.train_rows,
+            eval_dataset=trainee.eval_rows,
+            processing_class=trainee.tokenizer,
+            data_collator=Collator(trainee.tokenizer),
+        )
+        ending = _go_on(trainer, found[0] if found else None)
+        last = LossPoint(step=ending.steps, loss=trainer.held_out_loss_at(ending.steps, log=ending.finished))
+    kept = _kept_evaluation(trainee, metrics, last)
+    if kept.step != last.step:
+        load_checkpoint_weights(trainer.model, checkpoint_path(trainee.checkpoints, kept.step))
+    if ranks.is_first():
+        with disk_errors_told("The adapter", out_dir, trainer.last_whole_step):
+            save_adapter(config, trainer.model, trainee.tokenizer, out_dir)
+    if not ending.finished:
+        _announce(
+            f"train: time is up at step {ending.steps} of {ending.planned_steps}; the same command goes on from there"
+        )
     trainable, total = count_parameters(trainer.model)
     return TrainedAdapter(
         base=config.model.base,
-        steps=trainer.state.global_step,
+        **asdict(ending),
+        kept_step=kept.step,
         trainable_parameters=trainable,
         total_parameters=total,
-        train_loss=[LossPoint(step=row["step"], loss=row["loss"]) for row in metrics.rows() if "loss" in row],
-        eval_loss_before=before,
-        eval_loss_after=after,
-        tokens_per_second=trainer.tokens_seen / max(trainer.seconds_spent(), 1e-9),
+        train_loss=metrics.points("loss"),
+        eval_loss=metrics.points("eval_loss"),
+        eval_loss_before=trainer.held_out_loss_at(0),
+        eval_loss_after=kept.loss,
+        tokens_per_second=trainer.tokens_per_second(),
         train_seconds=trainer.seconds_spent(),
-        resumed_from_step=progress.step if checkpoint else None,
-        device=", ".join(hardware.gpu_names) or hardware.cpu,
-        dtype=dtype.value,
+        resumed_from_step=progress.step if found else None,
+        batch_size=batch.size,
+        gradient_accumulation=batch.accumulation,
+        device=", ".join(trainee.hardware.gpu_names) or trainee.hardware.cpu,
+        dtype=trainee.dtype,
         load_in_4bit=config.model.load_in_4bit,
     )
 
 
-def encode_all(chat_format: ChatFormat, examples: Sequence[Example]) -> list[EncodedExample]:
-    """Ids and labels of every example, in order."""
-    return [chat_format.encode(example) for example in examples]
+@dataclass(frozen=True)
+class Ending:
+    """Where a session has brought the training, in the words of TrainedAdapter."""
+
+    steps: int
+    planned_steps: int
+    stopped_early: bool
+    finished: bool
 
 
-def count_parameters(model: Any) -> tuple[int, int]:
-    """(trainable, all) parameters; a 4-bit weight counts its logical elements, not its packed bytes."""
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    total = 0
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        total += math.prod(state.shape) if state is not None else parameter.numel()
-    return trainable, total
-
-
-class MetricsLog:
-    """metrics.jsonl: one JSON object a line, appended and flushed as training goes."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Every whole line; the last one may be torn by a kill and is then left out."""
-        rows = []
-        if self.path.is_file():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError:
-                    break
-        return rows
-
-    def append(self, row: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
-
-    def keep_until(self, step: int) -> None:
-        """Forget what was logged after ``step``: those steps are trained again."""
-        kept = [row for row in self.rows() if row["step"] <= step]
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-
-    def eval_loss(self, step: int) -> float | None:
-        return next((row["eval_loss"] for row in self.rows() if row["step"] == step and "eval_loss" in row), None)
-
-
-def trainer_arguments(config: Config, output_dir: Path, dtype: str, on_cpu: bool) -> dict[str, Any]:
-    """The SFTConfig arguments that a configuration stands for."""
-    training = config.training
-    return {
-        "output_dir": str(output_dir),
-        "max_steps": training.max_steps or -1,
-        "num_train_epochs": training.epochs,
-        "per_device_train_batch_size": training.batch_size,
-        "per_device_eval_batch_size": training.eval_batch_size,
-        "gradient_accumulation_steps": training.gradient_accumulation,
-        "learning_rate": training.learning_rate,
-        "lr_scheduler_type": training.schedule,
-        # transformers 5 reads a value below 1 as a share of all steps.
-        "warmup_steps": training.warmup_steps or training.warmup_ratio,
-        "weight_decay": training.weight_decay,
-        "optim": training.optimizer,
-        "gradient_checkpointing": training.gradient_checkpointing,
-        "bf16": dtype == "bfloat16",
-        "fp16": dtype == "float16",
-        "use_cpu": on_cpu,
-        "seed": config.seed,
-        "logging_steps": training.logging_steps,
-        "save_strategy": "steps",
-        "save_steps": training.checkpoint_steps,
-        "save_total_limit": KEPT_CHECKPOINTS,
-        "eval_strategy": "no",
-        "report_to": training.report_to,
-        "run_name": config.name,
-        "disable_tqdm": True,
-        # The rows are token ids and labels already; nothing may be added, cut or masked again.
-        "dataset_kwargs": {"skip_prepare_dataset": True},
-        "remove_unused_columns": False,
-        "max_length": None,
-        "packing": False,
-    }
-
-
-def _import_unsloth() -> None:
-    """Unsloth patches transformers, trl and peft, so it has to be imported before them."""
-    try:
-        import unsloth  # noqa: F401
-    except ImportError as error:
-        raise MedcotError(
-            f"Unsloth is not usable here ({error}): install requirements-gpu.txt, "
-            "or requirements-cpu.txt on a machine without a GPU."
-        ) from error
-
-
-def _lora_model(config: Config, base: Path, dtype: str) -> Any:
-    import torch
-    from unsloth import FastLanguageModel
-
-    checkpointing: bool | str = "unsloth" if config.training.gradient_checkpointing else False
-    model, _ = FastLanguageModel.from_pretrained(
-        str(base),
-        max_seq_length=config.model.max_seq_length,
-        dtype=getattr(torch, dtype),
-        load_in_4bit=config.model.load_in_4bit,
-        use_gradient_checkpointing=checkpointing,
-    )
-    return FastLanguageModel.get_peft_model(
-        model,
-        r=config.lora.r,
-        lora_alpha=config.lora.alpha,
-        lora_dropout=config.lora.dropout,
-        target_modules=list(config.lora.target_modules),
-        use_gradient_checkpointing=checkpointing,
-        random_state=config.seed,
-        max_seq_length=config.model.max_seq_length,
+def _go_on(trainer: AdapterTrainer, checkpoint: Path | None) -> Ending:
+    """The training loop, unless only what comes after it is missing."""
+    progress = trainer.begun_at
+    impatient = out_of_patience(trainer.metrics_log.points("eval_loss"), trainer.settings.patience)
+    if checkpoint is not None and (impatient or progress.step == progress.planned_steps):
+        load_checkpoint_weights(trainer.model, checkpoint)
+        return Ending(progress.step, progress.planned_steps, stopped_early=impatient, finished=True)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return Ending(
+        trainer.state.global_step,
+        trainer.state.max_steps,
+        stopped_early=trainer.stopped_early,
+        finished=trainer.stopped_early or not trainer.out_of_time,
     )
 
 
-def _trainer(
-    config: Config,
-    model: Any,
-    tokenizer: Any,
-    train_rows: Sequence[EncodedExample],
-    eval_rows: Sequence[EncodedExample],
-    out_dir: Path,
-    metrics: MetricsLog,
-    progress: TrainingProgress,
-    dtype: str,
-) -> Any:
-    from datasets import Dataset
-    from transformers import DataCollatorForSeq2Seq, PrinterCallback, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
-
-    class CountingTrainer(SFTTrainer):
-        """Counts the tokens it trains on (padding left out) and the seconds in the loop, over all sessions."""
-
-        tokens_seen = progress.tokens
-        started = 0.0
-
-        def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            self.tokens_seen += int(inputs["attention_mask"].sum())
-            return super().training_step(model, inputs, *args, **kwargs)
-
-        def seconds_spent(self) -> float:
-            return progress.seconds + (self.finished or time.monotonic()) - self.started
-
-        finished = 0.0
-
-    class Bookkeeping(TrainerCallback):
-        """Progress bar, metrics.jsonl, sealed checkpoints."""
-
-        def __init__(self) -> None:
-            self.bar = TrainingProgressBar()
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            trainer.started = time.monotonic()
-            self.bar.start(state.max_steps, state.global_step)
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.bar.step(state.global_step, trainer.tokens_seen / max(trainer.seconds_spent(), 1e-9))
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-            if "loss" not in logs:
-                return
-            self.bar.loss(float(logs["loss"]))
-            metrics.append(
-                {
-                    "step": state.global_step,
-                    "loss": float(logs["loss"]),
-                    "learning_rate": float(logs["learning_rate"]),
-                    "grad_norm": float(logs["grad_norm"]),
-                    "tokens": trainer.tokens_seen,
-                    "seconds": round(trainer.seconds_spent(), 3),
-                }
-            )
-
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            seal(
-                out_dir / CHECKPOINTS_DIR / f"checkpoint-{state.global_step}",
-                TrainingProgress(state.global_step, trainer.seconds_spent(), trainer.tokens_seen),
-            )
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            trainer.finished = time.monotonic()
-            self.bar.stop()
-
-    trainer = CountingTrainer(
-        model=model,
-        args=SFTConfig(**trainer_arguments(config, out_dir / CHECKPOINTS_DIR, dtype, model.device.type == "cpu")),
-        train_dataset=Dataset.from_list([_row(example) for example in train_rows]),
-        eval_dataset=Dataset.from_list([_row(example) for example in eval_rows]),
-        processing_class=tokenizer,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
-        callbacks=[Bookkeeping()],
-    )
-    trainer.remove_callback(PrinterCallback)
-    # TRL casts the adapter of a 4-bit model to bfloat16, and peft casts it back to float32 when a checkpoint is
-    # loaded: a resumed training would not be the same one. In bfloat16 small updates are lost besides.
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return trainer
+def _kept_evaluation(trainee: Trainee, metrics: MetricsLog, last: LossPoint) -> LossPoint:
+    """The evaluation of the adapter to keep; an earlier one only where its checkpoint is still whole."""
+    if trainee.config.training.keep == "last":
+        return last
+    best = best_of([*metrics.points("eval_loss"), last])
+    if best is None or best.loss == last.loss or whole(checkpoint_path(trainee.checkpoints, best.step)) is None:
+        return last
+    return best
 
 
-def _row(example: EncodedExample) -> dict[str, list[int]]:
-    return {
-        "input_ids": example.input_ids,
-        "labels": example.labels,
-        "attention_mask": [1] * len(example.input_ids),
-    }
-
-
-def _held_out_loss(trainer: Any) -> float:
-    """Mean negative log-likelihood per labelled token of the held-out rows (nats)."""
-    import torch
-
-    loss = tokens = 0.0
-    trainer.model.eval()
-    with torch.no_grad():
-        for batch in trainer.get_eval_dataloader():
-            inputs = trainer._prepare_inputs(batch)
-            with trainer.compute_loss_context_manager():
-                logits = trainer.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-            shifted = inputs["labels"][:, 1:]
-            # In pieces: the 32-bit copies of all logits at once were a third of the whole training's peak memory.
-            for start in range(0, shifted.shape[1], _LOSS_POSITIONS):
-                piece = slice(start, min(start + _LOSS_POSITIONS, shifted.shape[1]))
-                loss += float(
-                    torch.nn.functional.cross_entropy(
-                        logits[:, piece].flatten(0, 1).float(), shifted[:, piece].flatten(), reduction="sum"
-                    )
-                )
-            tokens += int((shifted != IGNORED_LABEL).sum())
-    return loss / tokens
-
-
-def _save_adapter(config: Config, model: Any, tokenizer: Any, out_dir: Path) -> None:
-    """Adapter, tokenizer and recipe; the adapter names its base as configured, not as a folder of this machine."""
-    model.save_pretrained(out_dir)
-    tokenizer.save_pretrained(out_dir)
-    path = out_dir / "adapter_config.json"
-    adapter_config = json.loads(path.read_text())
-    adapter_config["base_model_name_or_path"] = config.model.base
-    write_text(path, json.dumps(adapter_config, indent=2, sort_keys=True) + "\n")
-    (out_dir / "README.md").unlink(missing_ok=True)  # peft's empty model card
-    write_recipe(
-        out_dir,
-        AdapterRecipe(
-            base=config.model.base,
-            template_sha256=template_sha256(tokenizer.chat_template),
-            system=config.prompt.system,
-        ),
-    )
+def _announce(text: str) -> None:
+    if ranks.is_first():
+        print(text, file=sys.stderr)

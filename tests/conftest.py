@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_TOKENIZERS = ROOT.parent / "shared" / "tokenizers"
 sys.path.insert(0, str(Path(__file__).parent))
+# What the chat remembers of its user (the disclaimer was shown) stays out of the home of who runs the tests.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="medcot-tests-state-")
 
 
 def shared_tokenizer(name: str) -> Path:

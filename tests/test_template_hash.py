@@ -26,7 +26,7 @@ from pipeline.config import Config, VerifyConfig
 from pipeline.errors import MedcotError
 from pipeline.prompts import Example
 from pipeline.results import Check
-from pipeline.train import _save_adapter
+from pipeline.training.lora_model import save_adapter
 
 pytestmark = pytest.mark.broad
 
@@ -49,7 +49,7 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = Config.model_validate({"name": "m", "model": {"base": str(base)}, "prompt": {"system": SYSTEM}})
     lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     model = get_peft_model(LlamaForCausalLM.from_pretrained(base), lora)
-    _save_adapter(config, model, AutoTokenizer.from_pretrained(base), folder)
+    save_adapter(config, model, AutoTokenizer.from_pretrained(base), folder)
     return folder
 
 

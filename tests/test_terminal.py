@@ -21,6 +21,7 @@ import pytest
 from chat_models import ScriptedModel
 
 from chat import terminal
+from chat.disclaimer import DISCLAIMER
 from chat.display import harmless
 from pipeline.errors import MedcotError
 
@@ -48,7 +49,7 @@ def test_in_a_pipe_standard_output_gets_the_answer_alone(
     terminal.run_chat(MODEL, "A red toe?")
     out, err = capsys.readouterr()
     assert out == "Gout.\n"
-    assert terminal.DISCLAIMER in err
+    assert DISCLAIMER in err
     assert "Thought\nUric acid.\n" in err
     assert "tokens/s" in err and "first token after" in err
 

@@ -18,7 +18,7 @@ from pipeline.artifacts import Artifact
 from pipeline.checkpoints import SEAL_NAME
 from pipeline.config import load_config
 from pipeline.results import TrainedAdapter
-from pipeline.train import MetricsLog, trainer_arguments
+from pipeline.training.arguments import trainer_arguments
 
 trained = pytest.mark.e2e  # these train, in processes of their own
 
@@ -97,7 +97,7 @@ def test_what_is_left_is_the_artifact_and_nothing_else(undisturbed: Path) -> Non
 @trained
 def test_a_killed_training_ends_as_the_undisturbed_one(base: Path, undisturbed: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(command(base, tmp_path), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not list((tmp_path / "adapter" / "checkpoints").glob(f"*/{SEAL_NAME}")):
         assert process.poll() is None and time.monotonic() < deadline, "no checkpoint was sealed"
         time.sleep(0.02)
@@ -112,16 +112,6 @@ def test_a_killed_training_ends_as_the_undisturbed_one(base: Path, undisturbed: 
     expected = load_file(undisturbed / "adapter_model.safetensors")
     found = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
-
-
-def test_a_torn_metrics_file_keeps_its_whole_lines(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path / "metrics.jsonl")
-    for step in (0, 5, 10, 15):
-        log.append({"step": step, "loss": 1.0})
-    with log.path.open("a") as stream:
-        stream.write('{"step": 20, "lo')
-    log.keep_until(10)
-    assert [row["step"] for row in log.rows()] == [0, 5, 10]
 
 
 @pytest.mark.parametrize("preset", ["smollm2-cpu", "deepseek-r1-8b", "tinyllama-flashcards"])

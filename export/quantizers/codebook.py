@@ -57,9 +57,8 @@ STRETCHES = 7  # in each direction
 
 ZERO, ONE = np.float32(0), np.float32(1)
 SMALLEST = np.float32(1e-15)  # weights that are all smaller count as zeros
-LOWEST_SCALE = np.float32(-32)
 
-WEIGHTS, SCALES, VALUES = 0, 32, 40  # where they begin in scratch
+WEIGHTS, SCALES, VALUES = 0, 32, 40  # vectors where they begin in scratch
 
 
 @inlined
@@ -87,7 +86,7 @@ def quotient_or_zero(numerator: Any, denominator: Any) -> Any:
 
 @inlined
 def set_weights(scratch: Any, values: int, mean_square: Any, importance: Any, column: int) -> None:
-    """How much each of 32 errors counts; ``mean_square`` is twice the mean of the row's or block's squares."""
+    """How much each of 32 errors counts; ``mean_square`` is ``twice_mean_square`` of the whole block."""
     for i in range(32):
         x = load(scratch, values + i)
         if importance is None:

@@ -1,11 +1,11 @@
-"""Levels of a few bits, side by side in bytes."""
+"""Levels of a few bits, packed side by side into bytes."""
 
 from __future__ import annotations
 
-from export.quantizers.lanes import inlined, load, repeat
+from export.quantizers.lanes import load, repeat, routine
 
 
-@inlined
+@routine
 def four_bytes(levels, first, stride, width, dropped):  # type: ignore[no-untyped-def]
     """A word of fields of ``width`` bits, little-endian, from int vectors less their ``dropped`` lowest bits.
 

@@ -10,9 +10,9 @@ pieces. Sixteen rows can be searched at once, though, each in its own lane of a 
 In a function compiled by ``kernel`` a float_lanes or int_lanes value is sixteen numbers (float32, int32). Operators
 work lane by lane, a scalar operand is repeated in every lane, comparisons give a mask, and a branch of the scalar
 algorithm becomes ``select(mask, then, otherwise)``. Each operation is one LLVM vector instruction, IEEE float32 without
-contraction or reassociation, which LLVM splits into what the processor has: one of 512 bits with AVX-512, two with
-AVX2, four with SSE2 or NEON. That needs no setting of numba, which others in the process would share, and no luck with
-LLVM's vectorizer.
+contraction or reassociation, and LLVM splits it into what the processor has: one of 512 bits with AVX-512, two with
+AVX2, four with SSE2 or NEON. This takes no luck with LLVM's vectorizer and no setting of numba, which would be one for
+the whole process (numba prefers 256 bits for loops that it vectorizes, not for vectors that are given).
 
 A float literal is float64 in numba and does not mix with lanes: constants are ``np.float32`` at module level.
 """
@@ -24,7 +24,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
@@ -80,16 +79,14 @@ def _order(lanes: list[int]) -> ir.Constant:
     return ir.Constant(ir.VectorType(ir.IntType(32), LANES), lanes)
 
 
-def _operator(
-    function: Callable[..., Any], operand: LanesType, result: LanesType, emit: Callable[..., ir.Value]
-) -> None:
+def _operator(function: Any, operand: LanesType, result: LanesType, emit: Callable[..., ir.Value]) -> None:
     """Gives one Python operator, and its in-place form, their meaning on lanes."""
 
     def accepts(argument: Any) -> bool:
         scalar = isinstance(argument, types.Integer) if operand is int_lanes else argument == types.float32
         return argument == operand or (scalar and operand is not mask)
 
-    class Template(AbstractTemplate):  # type: ignore[misc]  # numba has no types
+    class Template(AbstractTemplate):
         def generic(self, args: Any, kws: Any) -> Any:
             if operand in args and all(accepts(argument) for argument in args):
                 return signature(result, *[operand] * len(args))
@@ -105,7 +102,7 @@ def _operator(
         lower_builtin(each, *[operand] * arity)(lower)
 
 
-def _comparison(function: Callable[..., Any], symbol: str) -> None:
+def _comparison(function: Any, symbol: str) -> None:
     # With NaN they are false, != true, as in C.
     compare = ir.IRBuilder.fcmp_unordered if symbol == "!=" else ir.IRBuilder.fcmp_ordered
     _operator(function, float_lanes, mask, lambda builder, a, b: compare(builder, symbol, a, b))
@@ -120,12 +117,10 @@ for _lanes, _instructions in {
     },
     int_lanes: {
         operator.add: _BUILD.add, operator.sub: _BUILD.sub, operator.mul: _BUILD.mul, operator.neg: _BUILD.neg,
-        operator.and_: _BUILD.and_, operator.or_: _BUILD.or_, operator.xor: _BUILD.xor,
+        operator.and_: _BUILD.and_, operator.or_: _BUILD.or_,
         operator.lshift: _BUILD.shl, operator.rshift: _BUILD.lshr,  # the right shift is unsigned
     },
-    mask: {
-        operator.and_: _BUILD.and_, operator.or_: _BUILD.or_, operator.xor: _BUILD.xor, operator.invert: _BUILD.not_,
-    },
+    mask: {operator.and_: _BUILD.and_, operator.or_: _BUILD.or_, operator.invert: _BUILD.not_},
 }.items():  # fmt: skip
     for _function, _instruction in _instructions.items():
         _operator(_function, _lanes, _lanes, _instruction)
@@ -324,7 +319,7 @@ def nearest_level(value, lowest, highest):  # type: ignore[no-untyped-def]
 
 @inlined
 def to_half(value):  # type: ignore[no-untyped-def]
-    """The 16 bits of the IEEE binary16 nearest to each float, ties to even; subnormals kept, too large ones infinite."""
+    """The IEEE binary16 nearest to each float as 16 bits: ties to even, subnormals kept, too large ones infinite."""
     magnitude = bits(value) & 0x7FFFFFFF
     # A normal half keeps 10 of 23 mantissa bits: add half of the last kept bit (less one, unless it is odd), drop 13,
     # and move the exponent's bias from 127 to 15. A carry out of the mantissa goes on into the exponent, as it should.
@@ -353,17 +348,15 @@ def group_start(row, count):  # type: ignore[no-untyped-def]
     return min(row, count - LANES)
 
 
-def in_lanes(compiled: Callable[..., None], rows: npt.NDArray[np.float32], *others: Any) -> None:
-    """Calls ``compiled(rows, *others)`` with at least sixteen rows: fewer are filled up with zeros.
-
-    The last of ``others`` receives a row of bytes for each row.
-    """
-    # To numba a read-only or unaligned array is another type, to compile anew for.
-    rows = np.require(rows, np.float32, "CAW")
+def in_lanes(compiled: Callable[..., None], *arguments: Any) -> None:
+    """Calls ``compiled(rows, ..., out)`` with at least sixteen rows: fewer are filled up with zeros."""
+    # To numba a read-only or unaligned array is a type of its own, for which it would compile anew.
+    rows, *between, out = (
+        np.require(each, requirements=["C", "A", "W"]) if isinstance(each, np.ndarray) else each for each in arguments
+    )
     if len(rows) >= LANES:
-        compiled(rows, *others)
+        compiled(rows, *between, out)
     elif len(rows):
-        *between, out = others
         padded = np.zeros((LANES, rows.shape[1]), np.float32)
         padded[: len(rows)] = rows
         packed = np.empty((LANES, out.shape[1]), np.uint8)

@@ -1,16 +1,16 @@
-"""Q3_K: levels -4 .. 3, in super-blocks of 256 weights with sixteen scales of 6 bits, -32 .. 31 times a half.
+"""Q3_K: levels -4 .. 3, in super-blocks of 256 weights with sixteen scales of 6 bits, -32 .. 31 times a half float.
 
 With an importance matrix, the search of symmetric_search.py finds the scale of each sub-block of 16, and then the scale
 of these scales, weighted with the sums of their sub-blocks' weights.
 
 Without one, ggml (`make_q3_quants` in ggml/src/ggml-quants.c) starts with the extreme at level -4 and goes through a
-sub-block five times. Each value in turn is taken out of the sums, gets the level nearest to it at the scale of the
-others, and keeps it if that raises what the fit lowers the error by:
+sub-block up to five times. Each value in turn is taken out of the sums, gets the level nearest to it at the scale of
+the others, and keeps it if that raises what the fit lowers the error by:
 
     sum(w x l)^2 / sum(w l l)        weights w = x x
 
-So every value waits for the one before it. Sixteen sub-blocks are worked on in turn, not for the lanes, which are
-rows as everywhere, but to have other divisions to do while one is waited for.
+So every value waits for a division of the one before it. The sixteen sub-blocks of the lanes' super-blocks take turns,
+to have other divisions under way meanwhile; a sub-block in which no lane changed is done and leaves the round.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from export.quantizers.fields import four_bytes
 from export.quantizers.lanes import (
     LANES,
     absolute,
+    any_lane,
     from_half,
     group_start,
     inlined,
@@ -47,6 +48,7 @@ HIGHEST = np.float32(3)
 @inlined
 def _exchange(values, fitted, sums_xl, sums_ll):  # type: ignore[no-untyped-def]
     """Levels as floats in ``fitted``, 256 vectors, and the sums of the fit for each of the sixteen sub-blocks."""
+    active, changed = np.empty((2, 16), np.int64)  # sub-blocks by number, and whether each of them has changed
     for sub in range(16):
         inverse = LOWEST / extreme_of(values, 16 * sub, 16)
         sum_xl = repeat(ZERO)
@@ -59,9 +61,13 @@ def _exchange(values, fitted, sums_xl, sums_ll):  # type: ignore[no-untyped-def]
             sum_ll += value * value * level * level
         store(sums_xl, sub, sum_xl)
         store(sums_ll, sub, sum_ll)
-    for _ in range(5):  # ggml stops after a round without a change, which would change nothing either
+        active[sub] = sub
+        changed[sub] = False
+    count = 16
+    for _ in range(5):
         for i in range(16):
-            for sub in range(16):
+            for n in range(count):
+                sub = active[n]
                 sum_xl, sum_ll = load(sums_xl, sub), load(sums_ll, sub)
                 value = load(values, 16 * sub + i)
                 weight = value * value
@@ -76,6 +82,14 @@ def _exchange(values, fitted, sums_xl, sums_ll):  # type: ignore[no-untyped-def]
                 store(fitted, 16 * sub + i, select(better, other_level, level))
                 store(sums_xl, sub, select(better, new_xl, sum_xl))
                 store(sums_ll, sub, select(better, new_ll, sum_ll))
+                changed[n] |= any_lane(better)
+        still = 0
+        for n in range(count):
+            if changed[n]:
+                active[still] = active[n]
+                still += 1
+                changed[n] = False
+        count = still
 
 
 @inlined
@@ -105,12 +119,12 @@ def _guided_scales(values, importance, column, levels, scales, scale_levels):  #
     sum_of_squares = repeat(ZERO)
     for i in range(256):
         sum_of_squares += load(values, i) * load(values, i)
-    variance = np.float32(2) * sum_of_squares / np.float32(256)
+    spread = np.float32(2) * sum_of_squares / np.float32(256)
     for sub in range(16):
         weight_sum = repeat(ZERO)
         for i in range(16):
             value = load(values, 16 * sub + i)
-            weight = importance[column + 16 * sub + i] * square_root(variance + value * value)
+            weight = importance[column + 16 * sub + i] * square_root(spread + value * value)
             store(weights, i, weight)
             weight_sum += weight
         store(weight_sums, sub, weight_sum)
@@ -120,7 +134,7 @@ def _guided_scales(values, importance, column, levels, scales, scale_levels):  #
 
 @kernel
 def q3_k(rows, importance, out):  # type: ignore[no-untyped-def]
-    """Each super-block: 32 bytes of highest bits, 64 of lower bit pairs, 12 of scales, the half.
+    """Each super-block: 32 bytes of highest bits, 64 of lower bit pairs, 12 of scales, a half float.
 
     Compiled without the other branch for an importance that is None and for one that is an array.
     """
@@ -128,8 +142,8 @@ def q3_k(rows, importance, out):  # type: ignore[no-untyped-def]
     levels = np.empty(256 * LANES, np.int32)
     scales = np.empty(16 * LANES, np.float32)
     scale_levels = np.empty(16 * LANES, np.int32)
-    for row in range(0, len(rows), LANES):
-        row = group_start(row, len(rows))
+    for first in range(0, len(rows), LANES):
+        row = group_start(first, len(rows))
         for block in range(rows.shape[1] // 256):
             for i in range(0, 256, LANES):
                 transpose_in(rows, row, 256 * block + i, values, i)

@@ -1,12 +1,30 @@
-"""Quantizers of a scale and a minimum: Q4_K, Q5_K, Q2_K, and Q4_1 and Q5_1 where an importance matrix guides them."""
+"""Quantizers of a scale and a minimum: Q4_K, Q5_K, Q2_K, and Q4_1 and Q5_1 where an importance matrix guides them.
+
+The search is in export/quantizers/scale_and_min_search.py; here are each type's weights, and its bytes. Sources:
+ggml/src/ggml-quants.c (`quantize_row_*`), the layouts ggml/src/ggml-common.h (`block_*`).
+
+Lanes are sixteen rows, and a super-block is 256 vectors of the scratch, one after another:
+
+                   super-block 0                              super-block 1
+              sub-block 0    sub-block 1   ...
+    row 0   [ 0  1 ... 31   32 33 ... 63   ... 255 ]    [ 0  1 ...           lane 0
+    row 1   [ 0  1 ... 31   32 33 ... 63   ... 255 ]    [ 0  1 ...           lane 1
+      ...     |
+              vector 0
+
+A column's importance is thereby one scalar for all lanes. Without importance a super-block's bytes do not depend on its
+place, so that each is made a row, and a tensor of few rows fills the lanes as well.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import numpy as np
+from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as T
 
+from export.quantizers.fields import four_bytes
 from export.quantizers.kernel import Importance, Kernel, Packed, Rows
 from export.quantizers.lanes import (
     LANES,
@@ -34,7 +52,7 @@ from export.quantizers.lanes import (
 from export.quantizers.scale_and_min_search import (
     MINIMA,
     ZERO,
-    Trials,
+    Method,
     code_by_largest,
     code_by_search,
     kept_level,
@@ -42,8 +60,7 @@ from export.quantizers.scale_and_min_search import (
     search,
 )
 
-TWO = np.float32(2)
-SIX_BITS = np.float32(63)
+SUPER_BLOCK = 256
 FOUR_BITS = np.float32(15)
 
 
@@ -56,217 +73,201 @@ def _sum_of_squares(values, first, count, total):  # type: ignore[no-untyped-def
 
 
 @inlined
-def _guide(scratch, sub, count, importance, column, spread):  # type: ignore[no-untyped-def]
-    """Weights of a sub-block: importance * sqrt(spread + value^2), so that large values count a little more."""
-    for i in range(count):
-        value = load(scratch.values, sub * count + i)
+def _guide(scratch, sub, width, importance, column, spread):  # type: ignore[no-untyped-def]
+    """Weights of a sub-block: importance * sqrt(spread + value^2), so that large values count more."""
+    for i in range(width):
+        value = load(scratch.values, sub * width + i)
         store(scratch.weights, i, importance[column + i] * square_root(spread + value * value))
 
 
 @routine
-def _requantize(scratch, sub, trials, scale, minimum):  # type: ignore[no-untyped-def]
-    """The levels of a sub-block for the scale and minimum that its codes stand for; the search's where that is 0."""
-    highest = np.int32(trials.top)
-    for i in range(sub * trials.count, (sub + 1) * trials.count):
+def _fit(rows, row, column, importance, method, scratch):  # type: ignore[no-untyped-def]
+    """Codes of the scales and minima of a super-block, and the codes' units, from its weights and values."""
+    values, width = scratch.values, method.width
+    sub_blocks = SUPER_BLOCK // width
+    for i in range(0, SUPER_BLOCK, LANES):
+        transpose_in(rows, row, column + i, values, i)
+    if importance is not None:
+        squares = _sum_of_squares(values, 0, SUPER_BLOCK, repeat(ZERO))
+        spread = method.spread * squares / np.float32(SUPER_BLOCK)
+    for sub in range(sub_blocks):
+        if importance is not None:
+            _guide(scratch, sub, width, importance, column + sub * width, spread)
+        else:
+            typical = repeat(ZERO)
+            if not method.by_magnitude:
+                typical = square_root(_sum_of_squares(values, sub * width, width, typical) / np.float32(width))
+            for i in range(width):
+                store(scratch.weights, i, typical + absolute(load(values, sub * width + i)))
+        search(scratch, sub, method)
+    for part in range(2):
+        if importance is not None:
+            code_by_search(scratch, part, sub_blocks, method.top_code)
+        else:
+            code_by_largest(scratch, part, sub_blocks, method.top_code)
+
+
+@routine
+def _requantize(scratch, sub, method, scale, minimum):  # type: ignore[no-untyped-def]
+    """The levels of a sub-block for the scale and minimum of its codes; the search's where that scale is zero."""
+    highest, first = np.int32(method.top), sub * method.width
+    for i in range(first, first + method.width):
         level = nearest_int((load(scratch.values, i) + minimum) / scale)
         store(scratch.levels, i, larger(smaller(level, highest), 0))
     vanished = scale == ZERO
     if any_lane(vanished):
-        for i in range(sub * trials.count, (sub + 1) * trials.count):
-            kept = kept_level(scratch, sub, load(scratch.values, i), trials.top)
+        for i in range(first, first + method.width):
+            kept = kept_level(scratch, sub, load(scratch.values, i), method.top)
             store(scratch.levels, i, select(vanished, kept, load(scratch.levels, i)))
 
 
-@routine
-def _pack_six_bit_codes(scratch, out, row, column):  # type: ignore[no-untyped-def]
-    """Twelve bytes: scales 0-3, minima 0-3, low nibbles of scales and minima 4-7 with their high bits on the first eight.
+@inlined
+def _store_halves(out, row, column, scale, minimum):  # type: ignore[no-untyped-def]
+    """Both as halves, four bytes; returns them as a decoder reads them."""
+    scale, minimum = to_half(scale), to_half(minimum)
+    store_words(out, row, column, scale | (minimum << 16))
+    return from_half(scale), from_half(minimum)
 
-    Reads back what a decoder will: guided Q4_K of ggml lets codes above 63 (negative ones) spill into their neighbours.
+
+@routine
+def _store_six_bit_codes(codes, out, row, column):  # type: ignore[no-untyped-def]
+    """Twelve bytes, and ``codes`` as a decoder reads them.
+
+    Scales 0-3, minima 0-3, then the low four bits of scales and minima 4-7, whose high bits are on top of the first
+    eight bytes. A code above 63 (a negative one, wrapped; guided Q4_K only) spills into the bits above its own.
     """
-    codes = scratch.codes
-    scales = minima = nibbles = repeat(0)
+    scales = repeat(0)
+    minima = repeat(0)
+    low_bits = repeat(0)
     for n in range(4):
-        scale, later_scale = load(codes, n), load(codes, n + 4)
-        minimum, later_minimum = load(codes, MINIMA + n), load(codes, MINIMA + n + 4)
-        scale = (scale | (later_scale >> 4 << 6)) & 0xFF
-        minimum = (minimum | (later_minimum >> 4 << 6)) & 0xFF
-        later = (later_scale & 15) | ((later_minimum & 15) << 4)
+        later_scale, later_minimum = load(codes, n + 4), load(codes, MINIMA + n + 4)
+        scale = (load(codes, n) | (later_scale >> 4 << 6)) & 0xFF
+        minimum = (load(codes, MINIMA + n) | (later_minimum >> 4 << 6)) & 0xFF
         scales |= scale << 8 * n
         minima |= minimum << 8 * n
-        nibbles |= later << 8 * n
+        low_bits |= ((later_scale & 15) | ((later_minimum & 15) << 4)) << 8 * n
         store(codes, n, scale & 63)
         store(codes, MINIMA + n, minimum & 63)
-        store(codes, n + 4, (later & 15) | (scale >> 6 << 4))
-        store(codes, MINIMA + n + 4, (later >> 4) | (minimum >> 6 << 4))
+        store(codes, n + 4, (later_scale & 15) | (scale >> 6 << 4))
+        store(codes, MINIMA + n + 4, (later_minimum & 15) | (minimum >> 6 << 4))
     store_words(out, row, column, scales)
     store_words(out, row, column + 4, minima)
-    store_words(out, row, column + 8, nibbles)
-
-
-@inlined
-def _store_units(out, row, column, scale_unit, minimum_unit):  # type: ignore[no-untyped-def]
-    """Both as halves, four bytes; returns them as a decoder reads them."""
-    scale_unit, minimum_unit = to_half(scale_unit), to_half(minimum_unit)
-    store_words(out, row, column, scale_unit | (minimum_unit << 16))
-    return from_half(scale_unit), from_half(minimum_unit)
-
-
-@kernel
-def _q4_k_or_q5_k(rows, importance, trials, scratch, out):  # type: ignore[no-untyped-def]
-    """Super-blocks: two half units, 12 bytes of codes, for Q5_K 32 bytes of fifth bits, 128 bytes of nibbles."""
-    super_blocks = rows.shape[1] // 256
-    for first in range(0, len(rows), LANES):
-        row = group_start(first, len(rows))
-        for block in range(super_blocks):
-            for i in range(0, 256, LANES):
-                transpose_in(rows, row, 256 * block + i, scratch.values, i)
-            if importance is not None:
-                spread = TWO * _sum_of_squares(scratch.values, 0, 256, repeat(ZERO)) / np.float32(256)
-            for sub in range(8):
-                if importance is not None:
-                    _guide(scratch, sub, 32, importance, 256 * block + 32 * sub, spread)
-                else:
-                    squares = _sum_of_squares(scratch.values, 32 * sub, 32, repeat(ZERO))
-                    typical = square_root(squares / np.float32(32))
-                    for i in range(32):
-                        store(scratch.weights, i, typical + absolute(load(scratch.values, 32 * sub + i)))
-                search(scratch, sub, trials)
-            column = out.shape[1] // super_blocks * block
-            for part in range(2):
-                if importance is not None:
-                    code_by_search(scratch, part, 256 // trials.count, SIX_BITS)
-                else:
-                    code_by_largest(scratch, part, 256 // trials.count, SIX_BITS)
-            scale_unit, minimum_unit = _store_units(out, row, column, load(scratch.units, 0), load(scratch.units, 1))
-            if importance is None or trials.top > FOUR_BITS:
-                for n in range(8):
-                    store(scratch.codes, n, smaller(load(scratch.codes, n), 63))
-                    store(scratch.codes, MINIMA + n, smaller(load(scratch.codes, MINIMA + n), 63))
-            _pack_six_bit_codes(scratch, out, row, column + 4)
-            for sub in range(8):
-                scale = scale_unit * to_float(load(scratch.codes, sub))
-                minimum = minimum_unit * to_float(load(scratch.codes, MINIMA + sub))
-                _requantize(scratch, sub, trials, scale, minimum)
-            column += 16
-            if trials.top > FOUR_BITS:
-                _pack_bits(scratch.levels, 4, out, row, column)
-                column += 32
-            _pack_nibbles(scratch.levels, out, row, column)
+    store_words(out, row, column + 8, low_bits)
 
 
 @routine
-def _pack_bits(levels, bit, out, row, column):  # type: ignore[no-untyped-def]
-    """Byte i of 32: one bit of levels i, 32 + i, ... 224 + i, from the lowest up."""
-    for i in range(0, 32, 4):
-        word = repeat(0)
-        for n in range(32):
-            word |= (load(levels, 32 * (n & 7) + i + (n >> 3)) >> bit & 1) << n
-        store_words(out, row, column + i, word)
-
-
-@routine
-def _pack_nibbles(levels, out, row, column):  # type: ignore[no-untyped-def]
-    """Byte 32 n + i of 128: the low four bits of levels 64 n + i and, above them, 64 n + 32 + i."""
-    for n in range(4):
+def _store_q4_k_or_q5_k(scratch, method, six_bits, out, row, column):  # type: ignore[no-untyped-def]
+    """Two half units, 12 bytes of codes, for Q5_K 32 bytes of fifth bits, and 128 bytes of low bits."""
+    codes, levels = scratch.codes, scratch.levels
+    if six_bits:
+        for n in range(8):
+            store(codes, n, smaller(load(codes, n), 63))
+            store(codes, MINIMA + n, smaller(load(codes, MINIMA + n), 63))
+    units = _store_halves(out, row, column, load(scratch.units, 0), load(scratch.units, 1))
+    _store_six_bit_codes(codes, out, row, column + 4)
+    for sub in range(8):
+        scale, minimum = to_float(load(codes, sub)), to_float(load(codes, MINIMA + sub))
+        _requantize(scratch, sub, method, units[0] * scale, units[1] * minimum)
+    column += 16
+    if method.top > FOUR_BITS:
         for i in range(0, 32, 4):
-            word = repeat(0)
-            for byte in range(4):
-                low, high = load(levels, 64 * n + i + byte), load(levels, 64 * n + 32 + i + byte)
-                word |= ((low & 15) | ((high & 15) << 4)) << 8 * byte
-            store_words(out, row, column + 32 * n + i, word)
+            store_words(out, row, column + i, four_bytes(levels, i, 32, 1, 4))
+        column += 32
+    for pair in range(4):
+        for i in range(0, 32, 4):
+            store_words(out, row, column + 32 * pair + i, four_bytes(levels, 64 * pair + i, 32, 4, 0))
+
+
+@routine
+def _store_q2_k(scratch, method, out, row, column):  # type: ignore[no-untyped-def]
+    """16 bytes of codes (a scale's, above it a minimum's), 64 bytes of levels, and two half units."""
+    units = _store_halves(out, row, column + 80, load(scratch.units, 0), load(scratch.units, 1))
+    for four in range(0, 16, 4):
+        word = repeat(0)
+        for byte in range(4):
+            sub = four + byte
+            code = (load(scratch.codes, sub) | (load(scratch.codes, MINIMA + sub) << 4)) & 0xFF
+            word |= code << 8 * byte
+            scale, minimum = to_float(code & 15), to_float(code >> 4)
+            _requantize(scratch, sub, method, units[0] * scale, units[1] * minimum)
+        store_words(out, row, column + four, word)
+    for half in range(2):
+        for i in range(0, 32, 4):
+            word = four_bytes(scratch.levels, 128 * half + i, 32, 2, 0)
+            store_words(out, row, column + 16 + 32 * half + i, word)
 
 
 @kernel
-def _q2_k(rows, importance, trials, scratch, out):  # type: ignore[no-untyped-def]
-    """Super-blocks: 16 bytes of codes (scale, minimum above it), 64 bytes of levels, two half units."""
-    super_blocks = rows.shape[1] // 256
+def _q4_k_or_q5_k(rows, importance, method, scratch, out):  # type: ignore[no-untyped-def]
+    super_blocks = rows.shape[1] // SUPER_BLOCK
+    six_bits = importance is None or method.top > FOUR_BITS  # ggml does not limit guided Q4_K's codes
     for first in range(0, len(rows), LANES):
         row = group_start(first, len(rows))
         for block in range(super_blocks):
-            for i in range(0, 256, LANES):
-                transpose_in(rows, row, 256 * block + i, scratch.values, i)
-            if importance is not None:
-                spread = _sum_of_squares(scratch.values, 0, 256, repeat(ZERO)) / np.float32(256)
-            for sub in range(16):
-                if importance is not None:
-                    _guide(scratch, sub, 16, importance, 256 * block + 16 * sub, spread)
-                else:
-                    for i in range(16):
-                        store(scratch.weights, i, absolute(load(scratch.values, 16 * sub + i)))
-                search(scratch, sub, trials)
-            column = 84 * block
-            for part in range(2):
-                if importance is not None:
-                    code_by_search(scratch, part, 256 // trials.count, FOUR_BITS)
-                else:
-                    code_by_largest(scratch, part, 256 // trials.count, FOUR_BITS)
-            scale_unit, minimum_unit = _store_units(
-                out, row, column + 80, load(scratch.units, 0), load(scratch.units, 1)
-            )
-            for four in range(0, 16, 4):
-                word = repeat(0)
-                for byte in range(4):
-                    sub = four + byte
-                    code = (load(scratch.codes, sub) | (load(scratch.codes, MINIMA + sub) << 4)) & 0xFF
-                    word |= code << 8 * byte
-                    scale, minimum = scale_unit * to_float(code & 15), minimum_unit * to_float(code >> 4)
-                    _requantize(scratch, sub, trials, scale, minimum)
-                store_words(out, row, column + four, word)
-            for half in range(2):
-                for i in range(0, 32, 4):
-                    word = repeat(0)
-                    for byte in range(4):
-                        for quarter in range(4):
-                            level = load(scratch.levels, 128 * half + 32 * quarter + i + byte)
-                            word |= level << 8 * byte + 2 * quarter
-                    store_words(out, row, column + 16 + 32 * half + i, word)
+            _fit(rows, row, SUPER_BLOCK * block, importance, method, scratch)
+            column = out.shape[1] // super_blocks * block
+            _store_q4_k_or_q5_k(scratch, method, six_bits, out, row, column)
 
 
 @kernel
-def _q4_1_or_q5_1(rows, importance, trials, scratch, out):  # type: ignore[no-untyped-def]
-    """Blocks of 32: half scale and minimum, for Q5_1 the fifth bits of levels 0-31, 16 bytes of nibbles i and 16 + i."""
+def _q2_k(rows, importance, method, scratch, out):  # type: ignore[no-untyped-def]
+    super_blocks = rows.shape[1] // SUPER_BLOCK
+    for first in range(0, len(rows), LANES):
+        row = group_start(first, len(rows))
+        for block in range(super_blocks):
+            _fit(rows, row, SUPER_BLOCK * block, importance, method, scratch)
+            _store_q2_k(scratch, method, out, row, out.shape[1] // super_blocks * block)
+
+
+@kernel
+def _q4_1_or_q5_1(rows, importance, method, scratch, out):  # type: ignore[no-untyped-def]
+    """Blocks of 32: half scale and minimum, for Q5_1 four bytes of fifth bits, and 16 bytes of low bits."""
     blocks = rows.shape[1] // 32
-    size = out.shape[1] // blocks
+    values, levels = scratch.values, scratch.levels
     for first in range(0, len(rows), LANES):
         row = group_start(first, len(rows))
         squares = repeat(ZERO)
         for column in range(0, rows.shape[1], LANES):
-            transpose_in(rows, row, column, scratch.values, 0)
-            squares = _sum_of_squares(scratch.values, 0, LANES, squares)
-        spread = squares / np.float32(rows.shape[1])
+            transpose_in(rows, row, column, values, 0)
+            squares = _sum_of_squares(values, 0, LANES, squares)
+        spread = method.spread * squares / np.float32(rows.shape[1])
         for block in range(blocks):
             for i in range(0, 32, LANES):
-                transpose_in(rows, row, 32 * block + i, scratch.values, i)
+                transpose_in(rows, row, 32 * block + i, values, i)
             _guide(scratch, 0, 32, importance, 32 * block, spread)
-            search(scratch, 0, trials)
-            column = size * block
-            _store_units(out, row, column, load(scratch.fitted, 0), -load(scratch.fitted, MINIMA))
+            search(scratch, 0, method)
+            column = out.shape[1] // blocks * block
+            _store_halves(out, row, column, load(scratch.fitted, 0), -load(scratch.fitted, MINIMA))
             column += 4
-            fifths = repeat(0)
+            fifth_bits = repeat(0)
             for i in range(32):
-                level = kept_level(scratch, 0, load(scratch.values, i), trials.top)
-                store(scratch.levels, i, level)
-                fifths |= level >> 4 << i
-            if trials.top > FOUR_BITS:
-                store_words(out, row, column, fifths)
+                level = kept_level(scratch, 0, load(values, i), method.top)
+                store(levels, i, level)
+                fifth_bits |= level >> 4 << i
+            if method.top > FOUR_BITS:
+                store_words(out, row, column, fifth_bits)
                 column += 4
             for i in range(0, 16, 4):
-                word = repeat(0)
-                for byte in range(4):
-                    low, high = load(scratch.levels, i + byte), load(scratch.levels, 16 + i + byte)
-                    word |= ((low & 15) | ((high & 15) << 4)) << 8 * byte
-                store_words(out, row, column + i, word)
+                store_words(out, row, column + i, four_bytes(levels, i, 16, 4, 0))
 
 
-def _trials(count: int, top: int, first: float, step: float, last: int, by_magnitude: bool = False) -> Trials:
-    return Trials(count, np.float32(top), np.float32(first), np.float32(step), last, by_magnitude)
+def _plain(
+    width: int, top: int, first: float, step: float, last: int, top_code: int, *, by_magnitude: bool = False
+) -> Method:
+    real = np.float32
+    return Method(width, real(top), real(first), real(step), last, by_magnitude, real(0), real(top_code))
 
 
-def _kernel(function: Callable[..., None], top: int, guided: Trials, plain: Trials | None) -> Kernel:
+def _guided(width: int, top: int, spread: int, top_code: int = 0) -> Method:
+    real = np.float32
+    return Method(width, real(top), real(-0.9), real(0.05), 36, False, real(spread), real(top_code))
+
+
+def _kernel(ggml_type: T, function: Callable[..., None], guided: Method, plain: Method | None = None) -> Kernel:
+    block, size = GGML_QUANT_SIZES[ggml_type]
+
     def run_plain(rows: Rows, out: Packed) -> None:
-        # Without importance a super-block's bytes do not depend on its place: each is a row, so that few rows fill the lanes.
-        super_blocks = rows.size // 256
-        in_lanes(function, rows.reshape(super_blocks, 256), None, plain, scratch(), out.reshape(super_blocks, -1))
+        in_lanes(function, rows.reshape(-1, block), None, plain, scratch(), out.reshape(-1, size))
 
     def run_guided(rows: Rows, importance: Importance, out: Packed) -> None:
         in_lanes(function, rows, importance, guided, scratch(), out)
@@ -275,9 +276,9 @@ def _kernel(function: Callable[..., None], top: int, guided: Trials, plain: Tria
 
 
 KERNELS = {
-    T.Q4_K: _kernel(_q4_k_or_q5_k, 15, _trials(32, 15, -0.9, 0.05, 36), _trials(32, 15, -1, 0.1, 20)),
-    T.Q5_K: _kernel(_q4_k_or_q5_k, 31, _trials(32, 31, -0.9, 0.05, 36), _trials(32, 31, -0.5, 0.1, 15)),
-    T.Q2_K: _kernel(_q2_k, 3, _trials(16, 3, -0.9, 0.05, 36), _trials(16, 3, -0.5, 0.1, 15, True)),
-    T.Q4_1: _kernel(_q4_1_or_q5_1, 15, _trials(32, 15, -0.9, 0.05, 36), None),
-    T.Q5_1: _kernel(_q4_1_or_q5_1, 31, _trials(32, 31, -0.9, 0.05, 36), None),
+    T.Q4_K: _kernel(T.Q4_K, _q4_k_or_q5_k, _guided(32, 15, 2, 63), _plain(32, 15, -1, 0.1, 20, 63)),
+    T.Q5_K: _kernel(T.Q5_K, _q4_k_or_q5_k, _guided(32, 31, 2, 63), _plain(32, 31, -0.5, 0.1, 15, 63)),
+    T.Q2_K: _kernel(T.Q2_K, _q2_k, _guided(16, 3, 1, 15), _plain(16, 3, -0.5, 0.1, 15, 15, by_magnitude=True)),
+    T.Q4_1: _kernel(T.Q4_1, _q4_1_or_q5_1, _guided(32, 15, 1)),
+    T.Q5_1: _kernel(T.Q5_1, _q4_1_or_q5_1, _guided(32, 31, 1)),
 }

@@ -1,7 +1,7 @@
 """The search for a block's scale and minimum: weight = scale * level + minimum, level 0 .. top, minimum <= 0.
 
 ggml (`make_qkx2_quants` and `make_qkx3_quants` in ggml/src/ggml-quants.c) fits both by weighted least squares. The
-first trial spreads the levels evenly from the least to the greatest value. Each further trial n stretches them a little,
+first trial spreads the levels evenly from the least to the greatest value. Each further trial n stretches them a bit,
 
     level = round((value - minimum) * (top + first + step * n) / (greatest - minimum)),
 
@@ -43,15 +43,17 @@ TENTH = np.float32(0.1)
 ALL_ZEROS = np.float32(1e-15)  # scales whose largest is smaller count as zeros
 
 
-class Trials(NamedTuple):
-    """What the search tries for one type; float32, since numba would take a Python float for float64."""
+class Method(NamedTuple):
+    """How one type is fitted; float32, since numba takes Python's floats for float64."""
 
-    count: int  # values that share a scale and a minimum
+    width: int  # values that share a scale and a minimum
     top: np.float32  # the highest level
     first: np.float32
     step: np.float32
     last: int  # n runs from 0 up to and including this
-    by_magnitude: bool  # the error is the sum of w * |difference| and not of squares
+    by_magnitude: bool  # the error is the sum of w * |difference|, not of squares
+    spread: np.float32  # with importance: the mean square's part in the weights
+    top_code: np.float32  # the highest code of a scale or minimum; 0 where there are no super-blocks
 
 
 class Scratch(NamedTuple):
@@ -85,15 +87,15 @@ def scratch() -> Scratch:
 
 
 @routine
-def search(scratch, sub, trials):  # type: ignore[no-untyped-def]
+def search(scratch, sub, method):  # type: ignore[no-untyped-def]
     """Scale, minimum, sum of weights and the kept trial of sub-block ``sub``, whose weights are in the scratch."""
-    values, weights, trial, start, count, top = (
-        scratch.values, scratch.weights, scratch.trial, sub * trials.count, trials.count, trials.top,
+    values, weights, trial, start, width, top = (
+        scratch.values, scratch.weights, scratch.trial, sub * method.width, method.width, method.top,
     )  # fmt: skip
     minimum = greatest = load(values, start)
     sum_w = load(weights, 0)
     sum_x = sum_w * minimum
-    for i in range(1, count):
+    for i in range(1, width):
         value = load(values, start + i)
         weight = load(weights, i)
         minimum = smaller(value, minimum)
@@ -106,20 +108,20 @@ def search(scratch, sub, trials):  # type: ignore[no-untyped-def]
     stretch = top / (greatest - minimum)
     scale = ONE / stretch
     least_error = repeat(ZERO)
-    for i in range(count):
+    for i in range(width):
         value = load(values, start + i)
         level = nearest_level(stretch * (value - minimum), ZERO, top)
         difference = scale * level + minimum - value
-        difference = absolute(difference) if trials.by_magnitude else difference * difference
+        difference = absolute(difference) if method.by_magnitude else difference * difference
         least_error += load(weights, i) * difference
     kept_scale, kept_stretch, kept_origin = scale, stretch, minimum
 
-    for n in range(trials.last + 1):
-        stretch = (trials.first + trials.step * np.float32(n) + top) / (greatest - minimum)
+    for n in range(method.last + 1):
+        stretch = (method.first + method.step * np.float32(n) + top) / (greatest - minimum)
         sum_l = repeat(ZERO)
         sum_ll = repeat(ZERO)
         sum_xl = repeat(ZERO)
-        for i in range(count):
+        for i in range(width):
             value = load(values, start + i)
             level = nearest_level(stretch * (value - minimum), ZERO, top)
             store(trial, i, level)
@@ -134,9 +136,9 @@ def search(scratch, sub, trials):  # type: ignore[no-untyped-def]
         scale = select(above, sum_xl / sum_ll, scale)
         fitted = select(above, ZERO, fitted)
         error = repeat(ZERO)
-        for i in range(count):
+        for i in range(width):
             difference = scale * load(trial, i) + fitted - load(values, start + i)
-            difference = absolute(difference) if trials.by_magnitude else difference * difference
+            difference = absolute(difference) if method.by_magnitude else difference * difference
             error += load(weights, i) * difference
         better = uneven & (determinant > ZERO) & (error < least_error)
         least_error = select(better, error, least_error)
@@ -213,13 +215,12 @@ def code_by_search(scratch, part, subs, top):  # type: ignore[no-untyped-def]
         value = load(fitted, first + sub)
         code = smaller(nearest_int(per_unit * value), highest)
         store(codes, first + sub, select(some, code & 0xFF, 0))
-        level = to_float(code)
-        weighted = load(weight_sums, sub) * level
-        sum_xl += load(weight_sums, sub) * value * level
-        sum_ll += weighted * level
+        weight, level = load(weight_sums, sub), to_float(code)
+        sum_xl += weight * value * level
+        sum_ll += weight * level * level
 
     for _ in range(5):
-        changed = some & ~some
+        changed = some & ~some  # in no lane yet
         for sub in range(subs):
             value = load(fitted, first + sub)
             weight = load(weight_sums, sub)

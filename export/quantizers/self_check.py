@@ -120,7 +120,7 @@ def _rows() -> npt.NDArray[np.float32]:
 
 
 def _importance() -> npt.NDArray[np.float32]:
-    """Mean squares over five orders of magnitude, with columns that no activation reached."""
+    """Mean squares of many sizes, and columns that no activation reached."""
     random = np.random.default_rng(1)
     drawn = np.exp(random.normal(scale=3.0, size=_COLUMNS))
     drawn[64:96] = 0

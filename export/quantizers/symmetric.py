@@ -1,20 +1,23 @@
-"""Quantizers whose levels lie around zero: Q6_K and Q8_0, and Q4_0 and Q5_0 where an importance matrix guides them.
+"""Quantizers with levels around zero: Q6_K, Q8_0 and, with an importance matrix, Q4_0 and Q5_0; Q3_K is in q3_k.py.
 
-Q3_K, the fourth with ggml's search for a scale, has a module of its own. Sources: ggml/src/ggml-quants.c
-(`quantize_row_*`), the layouts ggml/src/ggml-common.h (`block_*`).
+Sources: `quantize_row_*` in ggml/src/ggml-quants.c, and the layout of `block_*` in ggml/src/ggml-common.h. The bytes
+are ggml's because every lane goes through its float operations in its order.
 
-Lanes are sixteen rows side by side; the blocks of a row follow one another:
+Lanes are rows, and the vectors of a scratch array the columns of one block at a time, here a Q6_K super-block:
 
-                        block 0                    block 1
-                sub-block 0   1  ...  15   sub-block 0  ...
-    row 0    [    lane 0
-    row 1    [    lane 1                 Without an importance matrix nothing depends on a block's place in its row:
-      ...                                there each block is a row of its own.
-    row 15   [    lane 15
+                   sub-block 0             ...  sub-block 15
+    vector         0      1    ...    15   ...  240  ...  255
+    lane 0       [ row 0's 256 weights, one scale per 16 of them ]
+    ...
+    lane 15      [ row 15's                                      ]
+
+Without an importance matrix a block's bytes do not depend on its place in the row, so each block counts as a row there,
+and few but long rows fill the lanes too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,7 +25,7 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as T
 
 from export.quantizers.fields import four_bytes
-from export.quantizers.kernel import Importance, Kernel, Packed, Rows
+from export.quantizers.kernel import Guided, Importance, Kernel, Packed, Plain, Rows
 from export.quantizers.lanes import (
     LANES,
     absolute,
@@ -49,19 +52,21 @@ from export.quantizers.q3_k import q3_k
 from export.quantizers.symmetric_search import ALL_ZEROS, ONE, ZERO, extreme_of, requantize, search
 
 BEFORE_HALF = np.float32(0.49999997)  # the float32 before 0.5
-UNGUIDED = np.empty(0, np.float32)
+UNGUIDED = np.empty(0, np.float32)  # the importance that stands for weights x x
 
 
 @kernel
 def q6_k(rows, importance, out):  # type: ignore[no-untyped-def]
     """Super-blocks of 256 weights with sixteen int8 scales: 128 bytes of low nibbles, 64 of upper bit pairs, 16 of
-    scales, the half. ``importance`` is UNGUIDED for weights x x: one compilation serves both.
+    scales, a half float.
+
+    With UNGUIDED for the importance one compilation serves both variants, which differ in the weights alone.
     """
     values = np.empty(256 * LANES, np.float32)
     weights, weighted, scales = np.empty((3, 16 * LANES), np.float32)
     levels = np.empty(256 * LANES, np.int32)
-    for row in range(0, len(rows), LANES):
-        row = group_start(row, len(rows))
+    for first in range(0, len(rows), LANES):
+        row = group_start(first, len(rows))
         for block in range(rows.shape[1] // 256):
             for sub in range(16):
                 column = 256 * block + 16 * sub
@@ -81,38 +86,38 @@ def q6_k(rows, importance, out):  # type: ignore[no-untyped-def]
                 scale = select(zeros, 0, smaller(nearest_int(inverse * load(scales, sub)), 127))
                 store_bytes(out, row, at + 192 + sub, scale)
                 requantize(values, levels, 16 * sub, 16, from_half(half) * to_float(scale), 32)
-            for i in range(256):
+            for i in range(256):  # all bytes of such a super-block are zero
                 store(levels, i, select(zeros, 0, load(levels, i)))
             for part in range(2):
                 for i in range(0, 32, 4):
-                    first = 128 * part + i
-                    store_words(out, row, at + 64 * part + i, four_bytes(levels, first, 64, 4, 0))
-                    store_words(out, row, at + 64 * part + 32 + i, four_bytes(levels, first + 32, 64, 4, 0))
-                    store_words(out, row, at + 128 + 32 * part + i, four_bytes(levels, first, 32, 2, 4))
+                    level = 128 * part + i
+                    store_words(out, row, at + 64 * part + i, four_bytes(levels, level, 64, 4, 0))
+                    store_words(out, row, at + 64 * part + 32 + i, four_bytes(levels, level + 32, 64, 4, 0))
+                    store_words(out, row, at + 128 + 32 * part + i, four_bytes(levels, level, 32, 2, 4))
             store_halves(out, row, at + 208, half)
 
 
 @kernel
 def q4_0_or_q5_0(rows, importance, most, out):  # type: ignore[no-untyped-def]
-    """Blocks of 32 weights: the half, for Q5_0 (``most`` 16 instead of 8) 4 bytes of fifth bits, 16 of low nibbles."""
+    """Blocks of 32 weights: a half float, for Q5_0 (``most`` 16, not 8) 4 bytes of fifth bits, 16 of low nibbles."""
     columns = rows.shape[1]
     values, weights, weighted = np.empty((3, 32 * LANES), np.float32)
     levels = np.empty(32 * LANES, np.int32)
     header = 2 if most == 8 else 6
-    for row in range(0, len(rows), LANES):
-        row = group_start(row, len(rows))
+    for first in range(0, len(rows), LANES):
+        row = group_start(first, len(rows))
         sum_of_squares = repeat(ZERO)
         for column in range(0, columns, LANES):
             transpose_in(rows, row, column, values, 0)
             for i in range(LANES):
                 sum_of_squares += load(values, i) * load(values, i)
-        variance = sum_of_squares / np.float32(columns)
+        spread = sum_of_squares / np.float32(columns)
         for block in range(columns // 32):
             transpose_in(rows, row, 32 * block, values, 0)
             transpose_in(rows, row, 32 * block + 16, values, 16)
             for i in range(32):
                 value = load(values, i)
-                store(weights, i, importance[32 * block + i] * square_root(variance + value * value))
+                store(weights, i, importance[32 * block + i] * square_root(spread + value * value))
             scale = search(values, 0, weights, weighted, levels, 32, most)
             at = (header + 16) * block
             store_halves(out, row, at, to_half(scale))
@@ -127,11 +132,11 @@ def q4_0_or_q5_0(rows, importance, most, out):  # type: ignore[no-untyped-def]
 
 @kernel
 def q8_0(rows, out):  # type: ignore[no-untyped-def]
-    """Blocks of 32 weights: the half, 32 int8 levels. The largest magnitude is at 127."""
+    """Blocks of 32 weights: a half float, 32 int8 levels. The largest magnitude is at 127."""
     values = np.empty(32 * LANES, np.float32)
     levels = np.empty(32 * LANES, np.int32)
-    for row in range(0, len(rows), LANES):
-        row = group_start(row, len(rows))
+    for first in range(0, len(rows), LANES):
+        row = group_start(first, len(rows))
         for block in range(rows.shape[1] // 32):
             transpose_in(rows, row, 32 * block, values, 0)
             transpose_in(rows, row, 32 * block + 16, values, 16)
@@ -147,45 +152,26 @@ def q8_0(rows, out):  # type: ignore[no-untyped-def]
                 store_words(out, row, 34 * block + 2 + i, four_bytes(levels, i, 0, 8, 0))
 
 
-def _by_blocks(compiled: Any, ggml_type: T, rows: Rows, *others: Any) -> None:
-    """Without importance every block is a row of its own: lanes stay full however few rows there are."""
+def _by_blocks(compiled: Callable[..., None], ggml_type: T, *given: Any) -> Plain:
     block, size = GGML_QUANT_SIZES[ggml_type]
-    *between, packed = others
-    in_lanes(compiled, rows.reshape(-1, block), *between, packed.reshape(-1, size))
+
+    def run(rows: Rows, packed: Packed) -> None:
+        in_lanes(compiled, rows.reshape(-1, block), *given, packed.reshape(-1, size))
+
+    return run
 
 
-def _q6_k(rows: Rows, packed: Packed) -> None:
-    _by_blocks(q6_k, T.Q6_K, rows, UNGUIDED, packed)
+def _by_rows(compiled: Callable[..., None], *given: Any) -> Guided:
+    def run(rows: Rows, importance: Importance, packed: Packed) -> None:
+        in_lanes(compiled, rows, importance, *given, packed)
 
-
-def _q6_k_guided(rows: Rows, importance: Importance, packed: Packed) -> None:
-    in_lanes(q6_k, rows, importance, packed)
-
-
-def _q8_0(rows: Rows, packed: Packed) -> None:
-    _by_blocks(q8_0, T.Q8_0, rows, packed)
-
-
-def _q4_0_guided(rows: Rows, importance: Importance, packed: Packed) -> None:
-    in_lanes(q4_0_or_q5_0, rows, importance, 8, packed)
-
-
-def _q5_0_guided(rows: Rows, importance: Importance, packed: Packed) -> None:
-    in_lanes(q4_0_or_q5_0, rows, importance, 16, packed)
-
-
-def _q3_k(rows: Rows, packed: Packed) -> None:
-    _by_blocks(q3_k, T.Q3_K, rows, None, packed)
-
-
-def _q3_k_guided(rows: Rows, importance: Importance, packed: Packed) -> None:
-    in_lanes(q3_k, rows, importance, packed)
+    return run
 
 
 KERNELS = {
-    T.Q3_K: Kernel(_q3_k, _q3_k_guided),
-    T.Q6_K: Kernel(_q6_k, _q6_k_guided),
-    T.Q8_0: Kernel(_q8_0),
-    T.Q4_0: Kernel(guided=_q4_0_guided),
-    T.Q5_0: Kernel(guided=_q5_0_guided),
+    T.Q6_K: Kernel(_by_blocks(q6_k, T.Q6_K, UNGUIDED), _by_rows(q6_k)),
+    T.Q3_K: Kernel(_by_blocks(q3_k, T.Q3_K, None), _by_rows(q3_k)),
+    T.Q8_0: Kernel(_by_blocks(q8_0, T.Q8_0)),
+    T.Q4_0: Kernel(guided=_by_rows(q4_0_or_q5_0, 8)),
+    T.Q5_0: Kernel(guided=_by_rows(q4_0_or_q5_0, 16)),
 }

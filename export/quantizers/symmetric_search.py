@@ -8,8 +8,8 @@ magnitude, the extreme, goes to about the lowest level; the levels l nearest to 
 Nineteen places of the extreme, at -(most + 0.1 step) with step = 0, then -9 .. -1 and 1 .. 9, give nineteen sets of
 levels; a later one is taken where it lowers the error by more.
 
-Scratch arrays hold vectors of sixteen lanes (lanes.py); ``first`` is the number of a vector. Levels are stored counted
-from 0, as the formats do; values that are all zero have level 0 and not ``most``, as in ggml: their scale is zero anyway.
+Scratch arrays hold vectors of sixteen lanes (lanes.py); ``first`` is the number of a vector. Levels are stored as the
+formats have them, counted from 0. Values that are all zero get 0 too, not ``most``, as in ggml: their scale is zero.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from export.quantizers.lanes import (
     nearest_int,
     nearest_level,
     repeat,
+    routine,
     select,
     smaller,
     store,
@@ -71,7 +72,7 @@ def _sums(values, first, weights, weighted, count, most, inverse):  # type: igno
     return sum_xl, sum_ll
 
 
-@inlined
+@routine
 def search(values, first, weights, weighted, levels, count, most):  # type: ignore[no-untyped-def]
     """The best scale for ``count`` vectors of values, and in ``levels`` theirs.
 

@@ -1,0 +1,1 @@
+"""What the train stage (``pipeline/train.py``) is made of."""

@@ -1,0 +1,90 @@
+"""How many examples go through the model at once, and what to do when memory is too small for them.
+
+The optimizer's step sees the same examples in the same order whatever the batch: a smaller one is made up for by more
+forward passes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipeline import ranks
+from pipeline.artifacts import write_text
+from pipeline.batch_shares import share_of_step
+from pipeline.config import Config, TrainingConfig
+
+_FILE_NAME = "batch.json"
+# What libraries say whose memory errors neither Python nor PyTorch nor accelerate has a type for: oneDNN and C++.
+_MESSAGES = ("could not create a memory", "could not create a primitive", "could not execute a primitive", "bad_alloc")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Of one process: examples per forward pass, and forward passes per optimizer step."""
+
+    size: int
+    accumulation: int
+
+    def smaller(self) -> Batch | None:
+        """As many examples a step with at most half of them at once; None for a batch of one."""
+        examples = self.size * self.accumulation
+        sizes = [size for size in range(1, self.size // 2 + 1) if examples % size == 0]
+        return Batch(sizes[-1], examples // sizes[-1]) if sizes else None
+
+
+def first_batch(training: TrainingConfig, folder: Path, fitting: Callable[[], int]) -> Batch:
+    """As configured; with batch_size auto what an earlier session kept in ``folder``, else the ``fitting`` size."""
+    size = fitting() if training.batch_size == "auto" else training.batch_size
+    batch = Batch(*share_of_step(training.effective_batch, size, ranks.world_size()))
+    if training.batch_size != "auto":
+        return batch
+    kept = _kept(folder / _FILE_NAME)
+    if kept is not None and kept.size * kept.accumulation == batch.size * batch.accumulation:
+        return kept
+    # Another session may find more or less memory free; a training keeps to one batch all the same.
+    batch = ranks.from_first(batch)
+    keep_batch(batch, folder)
+    return batch
+
+
+def keep_batch(batch: Batch, folder: Path) -> None:
+    write_text(folder / _FILE_NAME, json.dumps(asdict(batch)) + "\n")
+
+
+def _kept(path: Path) -> Batch | None:
+    try:
+        return Batch(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    import torch
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or should_reduce_batch_size(error):
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES)
+
+
+def memory_advice(config: Config, batch: Batch) -> str:
+    """The setting to change when training with ``batch`` ran out of memory."""
+    training = config.training
+    smaller = batch.smaller()
+    if training.eval_batch_size > batch.size:
+        return f"set training.eval_batch_size={batch.size}"
+    if smaller is not None:
+        processes = ranks.world_size()
+        return (
+            f"set training.batch_size={smaller.size} and training.gradient_accumulation="
+            f"{smaller.accumulation * processes}, or training.batch_size=auto and training.step_examples="
+            f"{training.effective_batch}"
+        )
+    if not training.gradient_checkpointing:
+        return "set training.gradient_checkpointing=true"
+    if not config.model.load_in_4bit:
+        return "set model.load_in_4bit=true"
+    return "lower model.max_seq_length or choose a smaller model.base"
