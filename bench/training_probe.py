@@ -103,7 +103,7 @@ def _train_with_unsloth(config: Config, run_dir: Path, out_dir: Path) -> list[di
         use_gradient_checkpointing=checkpointing,
         random_state=config.seed,
     )
-    return _train(model, config, run_dir, out_dir, {})
+    return _train(model, config, run_dir, out_dir)
 
 
 def _train_with_trl(config: Config, run_dir: Path, out_dir: Path) -> list[dict[str, Any]]:
@@ -129,16 +129,12 @@ def _train_with_trl(config: Config, run_dir: Path, out_dir: Path) -> list[dict[s
         target_modules=list(config.lora.target_modules),
         task_type="CAUSAL_LM",
     )
-    # TRL's own choice of loss needs Triton, which is not there on a CPU.
-    arguments = {} if torch.cuda.is_available() else {"loss_type": "nll"}
-    return _train(model, config, run_dir, out_dir, arguments, peft_config=lora)
+    return _train(model, config, run_dir, out_dir, peft_config=lora)
 
 
-def _train(
-    model: Any, config: Config, run_dir: Path, out_dir: Path, arguments: dict[str, Any], **trainer_settings: Any
-) -> list[dict[str, Any]]:
+def _train(model: Any, config: Config, run_dir: Path, out_dir: Path, **trainer_settings: Any) -> list[dict[str, Any]]:
     from datasets import Dataset
-    from transformers import DataCollatorForSeq2Seq, TrainerCallback
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     from pipeline.training.arguments import trainer_arguments
@@ -166,9 +162,13 @@ def _train(
     ]
     clock = Clock()
     ours = trainer_arguments(config, out_dir / "checkpoints", _dtype(config, out_dir), model.device.type == "cpu")
+    if "unsloth" not in sys.modules and model.device.type == "cpu":
+        # TRL 1.15's own loss needs Triton, which is not there on a CPU; this is the model's, from all logits.
+        SFTTrainer.compute_loss = Trainer.compute_loss
+        ours["optim"] = "adamw_torch_fused"  # what Unsloth puts in place of 8-bit optimizers there
     SFTTrainer(
         model=model,
-        args=SFTConfig(**{**ours, **arguments}),
+        args=SFTConfig(**ours),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),

@@ -1,6 +1,6 @@
 """What exporting an 8B model costs, beside llama.cpp's own two steps in the same run.
 
-    python tests/perf/export.py [--layers 32] [--folder FOLDER] [--llama-cpp SOURCE] [--tokenizer FOLDER]
+    python tests/perf/export_8b.py [--layers 32] [--folder FOLDER] [--llama-cpp SOURCE] [--tokenizer FOLDER]
 
 On a random checkpoint in Llama-3.1-8B's shape (tests/perf/random_checkpoint.py) with a rank-16 adapter: ours from the
 16-bit base and from the NF4 base to Q4_K_M, and to two types at once; llama.cpp's convert_hf_to_gguf.py to BF16 and
