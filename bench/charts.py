@@ -14,8 +14,8 @@ from pipeline.config import ReferenceRun
 from pipeline.results import Distribution, LossPoint, TrainedAdapter
 
 # Stand-ins that become CSS colours, so that one drawing serves the light and the dark page.
-_INK, _ACCENT, _SECOND, _SOFT = "#010101", "#020202", "#030303", "#040404"
-_CSS_COLOURS = {_INK: "currentColor", _ACCENT: "var(--accent)", _SECOND: "var(--second)", _SOFT: "var(--soft)"}
+INK, ACCENT, SECOND, _SOFT = "#010101", "#020202", "#030303", "#040404"
+_CSS_COLOURS = {INK: "currentColor", ACCENT: "var(--accent)", SECOND: "var(--second)", _SOFT: "var(--soft)"}
 # Published runs share a colour; these tell them apart, without colour too.
 _REFERENCE_STYLES = ({"linestyle": "--", "marker": "s"}, {"linestyle": ":", "marker": "^"}, {"linestyle": "-."})
 _LEGEND_COLUMN = 34  # characters that fit when two entries stand side by side
@@ -42,10 +42,10 @@ def _ends(losses: Mapping[int, float]) -> str:
 
 def loss_curve(trained: TrainedAdapter, references: Sequence[ReferenceRun] = ()) -> str:
     """Training and held-out loss by step, with the published training losses, as an ``<svg>`` element."""
-    with _figure(1, (5.6, 3.6)) as (figure, (axes,)):
+    with drawing(1, (5.6, 3.6)) as (figure, (axes,)):
         steps = [point.step for point in trained.train_loss]
         losses = [point.loss for point in trained.train_loss]
-        axes.plot(steps, losses, color=_ACCENT, linewidth=1.8, marker="o", markersize=3, zorder=3, label="training")
+        axes.plot(steps, losses, color=ACCENT, linewidth=1.8, marker="o", markersize=3, zorder=3, label="training")
         held_out = trained.eval_loss or [
             LossPoint(step=0, loss=trained.eval_loss_before),
             LossPoint(step=trained.steps, loss=trained.eval_loss_after),
@@ -54,7 +54,7 @@ def loss_curve(trained: TrainedAdapter, references: Sequence[ReferenceRun] = ())
         axes.plot(
             [point.step for point in held_out],
             [point.loss for point in held_out],
-            color=_SECOND,
+            color=SECOND,
             linewidth=1.2,
             linestyle="-" if during_training else "none",
             marker="D",
@@ -66,7 +66,7 @@ def loss_curve(trained: TrainedAdapter, references: Sequence[ReferenceRun] = ())
             axes.plot(
                 [trained.kept_step],
                 [trained.eval_loss_after],
-                color=_SECOND,
+                color=SECOND,
                 linestyle="none",
                 marker="o",
                 markersize=12,
@@ -90,7 +90,7 @@ def loss_curve(trained: TrainedAdapter, references: Sequence[ReferenceRun] = ())
         side_by_side = all(len(name) <= _LEGEND_COLUMN for name in names)
         # Below the axes, where it can lie over no curve.
         figure.legend(loc="outside lower center", ncols=2 if side_by_side else 1, frameon=False, fontsize=10)
-        return _svg(figure, "loss", "Loss by optimizer step", describe_loss(trained, references))
+        return as_svg(figure, "loss", "Loss by optimizer step", describe_loss(trained, references))
 
 
 def describe_lengths(lengths: Mapping[Any, Distribution]) -> str:
@@ -101,22 +101,22 @@ def describe_lengths(lengths: Mapping[Any, Distribution]) -> str:
 
 def length_histograms(lengths: Mapping[Any, Distribution]) -> str:
     """How long the parts of the records are, a panel for each part, as an ``<svg>`` element."""
-    with _figure(len(lengths), (2.6 * len(lengths), 2.4)) as (figure, panels):
+    with drawing(len(lengths), (2.6 * len(lengths), 2.4)) as (figure, panels):
         for axes, (name, spread) in zip(panels, lengths.items(), strict=True):
             bins = spread.histogram
             left = [bins.start + index * bins.width for index in range(len(bins.counts))]
-            axes.bar(left, bins.counts, width=bins.width, align="edge", color=_ACCENT)
-            axes.axvline(spread.median, color=_SECOND, linewidth=1.4, linestyle="--")
+            axes.bar(left, bins.counts, width=bins.width, align="edge", color=ACCENT)
+            axes.axvline(spread.median, color=SECOND, linewidth=1.4, linestyle="--")
             axes.set_title(name, fontsize=11)
             axes.set_xlabel("tokens")
-            axes.xaxis.set_major_locator(_ticks(4))
-            axes.yaxis.set_major_locator(_ticks(4))
+            axes.xaxis.set_major_locator(whole_ticks(4))
+            axes.yaxis.set_major_locator(whole_ticks(4))
         panels[0].set_ylabel("records")
-        return _svg(figure, "lengths", "Lengths of the records", describe_lengths(lengths))
+        return as_svg(figure, "lengths", "Lengths of the records", describe_lengths(lengths))
 
 
 @contextmanager
-def _figure(columns: int, size: tuple[float, float]) -> Iterator[tuple[Any, list[Any]]]:
+def drawing(columns: int, size: tuple[float, float]) -> Iterator[tuple[Any, list[Any]]]:
     """A figure of ``columns`` panels in the page's style, closed afterwards; ``size`` in inches."""
     import matplotlib
 
@@ -128,18 +128,18 @@ def _figure(columns: int, size: tuple[float, float]) -> Iterator[tuple[Any, list
         "svg.hashsalt": "medcot",  # the same numbers give the same file
         "font.family": "sans-serif",
         "font.size": 11,
-        "text.color": _INK,
-        "axes.labelcolor": _INK,
-        "axes.edgecolor": _INK,
-        "xtick.color": _INK,
-        "ytick.color": _INK,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
     }
     with plt.rc_context(style):
         figure, axes = plt.subplots(1, columns, figsize=size, layout="constrained", squeeze=False)
         panels = list(axes[0])
         for panel in panels:
             panel.spines[["top", "right"]].set_visible(False)
-            panel.grid(axis="y", color=_INK, alpha=0.15, linewidth=0.6)
+            panel.grid(axis="y", color=INK, alpha=0.15, linewidth=0.6)
             panel.set_axisbelow(True)
         try:
             yield figure, panels
@@ -147,13 +147,13 @@ def _figure(columns: int, size: tuple[float, float]) -> Iterator[tuple[Any, list
             plt.close(figure)
 
 
-def _ticks(most: int) -> Any:
+def whole_ticks(most: int) -> Any:
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(nbins=most, integer=True)
 
 
-def _svg(figure: Any, name: str, title: str, description: str) -> str:
+def as_svg(figure: Any, name: str, title: str, description: str) -> str:
     """``name`` keeps the ids of several charts on one page apart."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})

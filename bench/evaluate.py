@@ -73,7 +73,14 @@ def evaluate(config: Config, inputs: dict[str, Path], out_dir: Path) -> Evaluati
     models: list[tuple[Path, Role]] = [(exported.path / exported.result.ship, "tuned")]
     if exported.result.base is not None:
         models.append((exported.path / exported.result.base, "base"))
-    settings = EvaluationSettings(
+    examples = read_examples(inputs["prepare"] / "eval.jsonl", config.evaluation.rows)
+    paths, roles = [path for path, _ in models], [role for _, role in models]
+    return evaluate_models(paths, roles, examples, out_dir, stage_settings(config))
+
+
+def stage_settings(config: Config) -> EvaluationSettings:
+    """How the stage evaluates; its records are known by it."""
+    return EvaluationSettings(
         max_new_tokens=config.evaluation.max_new_tokens,
         seed=config.seed,
         engine=engines.Settings(
@@ -81,8 +88,6 @@ def evaluate(config: Config, inputs: dict[str, Path], out_dir: Path) -> Evaluati
             system=config.prompt.system,
         ),
     )
-    examples = read_examples(inputs["prepare"] / "eval.jsonl", config.evaluation.rows)
-    return evaluate_models([path for path, _ in models], [role for _, role in models], examples, out_dir, settings)
 
 
 def evaluate_files(
@@ -234,7 +239,7 @@ def evaluate_one(
     path: Path, examples: Sequence[Example], out_dir: Path, settings: EvaluationSettings
 ) -> list[RecordOutcome]:
     """One model on all examples, in this process; outcomes that ``out_dir`` holds already are taken over."""
-    keys = _record_keys(path, examples, settings)
+    keys = record_keys(path, examples, settings)
     records_path = _records_path(out_dir, path)
     known = _finished_records(records_path, set(keys))
     if all(key in known for key in keys):
@@ -298,7 +303,7 @@ def summarize(model: str, role: Role, records: Sequence[RecordOutcome], seed: in
     )
 
 
-def _record_keys(path: Path, examples: Sequence[Example], settings: EvaluationSettings) -> list[str]:
+def record_keys(path: Path, examples: Sequence[Example], settings: EvaluationSettings) -> list[str]:
     """Hashes of all that an outcome depends on, the record's place included: no stale line is taken up."""
     model = sha256_file(path) if path.is_file() else str(path.resolve())
     shared = [model, settings.max_new_tokens, settings.engine.system, settings.engine.context_tokens]

@@ -192,7 +192,7 @@ def _training(config: Config, run: Run, page: Page) -> Part:
         ("LoRA rank, alpha, dropout", f"{lora.r}, {lora.alpha}, {lora.dropout:g}"),
         ("LoRA matrices", ", ".join(lora.target_modules)),
         length,
-        ("Batch", f"{training.batch_size} examples, {training.gradient_accumulation} forward passes a step"),
+        ("Batch", f"{training.effective_batch} examples a step, {training.batch_size} at once"),
         ("Learning rate", f"{training.learning_rate:g}, {training.schedule}, warm-up {warmup}"),
         ("Optimizer", f"{training.optimizer}, weight decay {training.weight_decay:g}"),
         ("Longest example", f"{config.model.max_seq_length:,} tokens"),

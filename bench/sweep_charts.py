@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.charts import _ACCENT, _INK, _SECOND, _figure, _svg, _ticks
+from bench.charts import ACCENT, INK, SECOND, drawing, as_svg, whole_ticks
 from bench.sweep_comparison import MEASURES
 from bench.sweep_result import ExperimentRow, SweepResult
 
@@ -29,12 +29,12 @@ def describe_differences(result: SweepResult) -> str:
 def differences_chart(result: SweepResult) -> str:
     """A panel for each measure, a line for each experiment, as an ``<svg>`` element."""
     rows = compared(result)
-    with _figure(len(MEASURES), (2.6 * len(MEASURES), 1.1 + 0.38 * len(rows))) as (figure, panels):
+    with drawing(len(MEASURES), (2.6 * len(MEASURES), 1.1 + 0.38 * len(rows))) as (figure, panels):
         for axes, measure in zip(panels, MEASURES, strict=True):
-            axes.axvline(0, color=_INK, linewidth=1.0)
+            axes.axvline(0, color=INK, linewidth=1.0)
             for place, row in enumerate(rows):
                 difference = row.differences[measure.key]
-                colour = _ACCENT if difference.verdict in ("better", "worse") else _INK
+                colour = ACCENT if difference.verdict in ("better", "worse") else INK
                 axes.plot([difference.low, difference.high], [place, place], color=colour, linewidth=1.8)
                 axes.plot(difference.value, place, color=colour, marker="o", markersize=5)
             axes.set_title(
@@ -44,7 +44,7 @@ def differences_chart(result: SweepResult) -> str:
             axes.set_yticks(range(len(rows)), [row.name for row in rows] if axes is panels[0] else [""] * len(rows))
             axes.margins(x=0.08)
             axes.locator_params(axis="x", nbins=4)
-        return _svg(figure, "differences", f"Difference from {result.primary}", describe_differences(result))
+        return as_svg(figure, "differences", f"Difference from {result.primary}", describe_differences(result))
 
 
 def with_curves(result: SweepResult) -> list[ExperimentRow]:
@@ -65,7 +65,7 @@ def describe_losses(result: SweepResult) -> str:
 
 def loss_chart(result: SweepResult) -> str:
     """Training loss by step, a line for each experiment, as an ``<svg>`` element."""
-    with _figure(1, (7.2, 3.4)) as (figure, (axes,)):
+    with drawing(1, (7.2, 3.4)) as (figure, (axes,)):
         for index, row in enumerate(with_curves(result)):
             if row.figures is None:
                 continue
@@ -73,13 +73,13 @@ def loss_chart(result: SweepResult) -> str:
             axes.plot(
                 [point.step for point in row.figures.loss_curve],
                 [point.loss for point in row.figures.loss_curve],
-                color=_ACCENT if first_half else _SECOND,
+                color=ACCENT if first_half else SECOND,
                 linestyle=_DASHES[index % len(_DASHES)],
                 linewidth=2.2 if row.name == result.primary else 1.4,
                 label=row.name,
             )
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("loss (nats per token)")
-        axes.xaxis.set_major_locator(_ticks(8))
+        axes.xaxis.set_major_locator(whole_ticks(8))
         axes.legend(frameon=False, fontsize=9)
-        return _svg(figure, "losses", "Training loss by optimizer step", describe_losses(result))
+        return as_svg(figure, "losses", "Training loss by optimizer step", describe_losses(result))

@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from bench import engines
-from bench.evaluate import EvaluationSettings, RecordOutcome, _record_keys
+from bench.evaluate import RecordOutcome, record_keys, stage_settings
 from bench.sweep_comparison import JOINT_ERROR, MEASURES, Difference, MeasureKey, ScoredRecord, compare, measured, total
 from bench.text_metrics import bleu_signature
 from pipeline.artifacts import Artifact
@@ -191,19 +190,12 @@ def _best(rows: Sequence[ExperimentRow], comparable: Sequence[str]) -> dict[Meas
 def _scored_records(config: Config, data: Path, adapter: Path, model: Path, evaluation: Path) -> list[ScoredRecord]:
     """The evaluated records in order, with the answer that follows the thought."""
     examples = load_examples(data / EVAL_FILE)[: config.evaluation.rows]
-    settings = EvaluationSettings(  # as the evaluation stage has them
-        max_new_tokens=config.evaluation.max_new_tokens,
-        engine=engines.Settings(
-            context_tokens=config.model.max_seq_length + config.evaluation.max_new_tokens,
-            system=config.prompt.system,
-        ),
-    )
     path = evaluation / f"records-{model.name}.jsonl"
     try:
         outcomes = {
             outcome.key: outcome for outcome in map(RecordOutcome.model_validate_json, path.read_bytes().splitlines())
         }
-        ordered = [outcomes[key] for key in _record_keys(model, examples, settings)]
+        ordered = [outcomes[key] for key in record_keys(model, examples, stage_settings(config))]
     except (ValidationError, KeyError, OSError) as error:
         raise MedcotError(f"{path} does not hold the evaluated records: delete {evaluation} and run again.") from error
     opens_thought = ChatTemplate((adapter / "chat_template.jinja").read_text(encoding="utf-8"), "", "").opens_thought

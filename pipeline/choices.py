@@ -6,6 +6,7 @@ import importlib.util
 
 from pydantic import BaseModel, ConfigDict
 
+from pipeline.batch_shares import processes_for
 from pipeline.config import Config
 from pipeline.estimate import Estimator
 from pipeline.hardware import GIBIBYTE, Choice, Hardware
@@ -26,7 +27,7 @@ def training_choices(
     """The choices that decide speed and memory of the training; ``memory_bytes`` is what it may take."""
     attention = _attention(hardware)
     return [
-        NamedChoice(name="device", value=_device(hardware), reason=_device_reason(hardware)),
+        NamedChoice(name="device", value=_device(hardware), reason=_device_reason(config, hardware)),
         NamedChoice(name="computation", value=dtype.value, reason=dtype.reason),
         _weights(config, estimator),
         NamedChoice(name="attention", value=attention.value, reason=attention.reason),
@@ -39,9 +40,10 @@ def _device(hardware: Hardware) -> str:
     return hardware.gpu_names[0] if hardware.gpu_names else f"{hardware.cpu}, {hardware.cores} cores"
 
 
-def _device_reason(hardware: Hardware) -> str:
-    if len(hardware.gpu_names) > 1:
-        return f"the first of {len(hardware.gpu_names)} GPUs; training uses one"
+def _device_reason(config: Config, hardware: Hardware) -> str:
+    gpus = len(hardware.gpu_names)
+    if gpus > 1:
+        return f"{processes_for(config.training, gpus).value} of {gpus} GPUs train, a process each"
     return "the only GPU" if hardware.gpu_names else "there is no CUDA GPU: small models only"
 
 

@@ -156,7 +156,7 @@ def test_the_figures_are_the_reports(tmp_path: Path) -> None:
         "all 3 checks passed",
         "Epochs 1 ",
         "0.0002, linear, warm-up 5 steps",
-        "2 examples, 4 forward passes a step",
+        "8 examples a step, 2 at once",
         "q_proj, k_proj",
     ):
         assert expected in card.text, expected

@@ -124,7 +124,7 @@ def test_a_full_disk_is_known_before(base: Path) -> None:
 
 def test_two_gpus_are_told(base: Path) -> None:
     plan = plan_for(base, MACHINES["kaggle-t4x2"])
-    assert "the first of 2 GPUs" in plan.choices[0].reason
+    assert "2 of 2 GPUs train, a process each" in plan.choices[0].reason
 
 
 def test_too_few_records_name_the_setting(base: Path) -> None:
