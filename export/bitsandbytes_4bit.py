@@ -92,6 +92,16 @@ class FourBitTensor:
 
         return gather_rows(rows, count, columns, read_run)
 
+    def stored_ranges(self, first: int, last: int) -> dict[str, tuple[int, int]]:
+        """Bytes [begin, end) of the parts that the rows [first, last) are made from, without small tables."""
+        columns = row_layout(self.stored.shape)[1]
+        begin, end = first * columns, last * columns
+        scale_bytes = 1 if self.nested else 4
+        return {
+            self.name: (begin // 2, min(-(-end // 2), self._packed_bytes)),
+            f"{self.name}.absmax": (begin // self.blocksize * scale_bytes, -(-end // self.blocksize) * scale_bytes),
+        }
+
     @property
     def _packed_bytes(self) -> int:
         return self.stored.end - self.stored.begin

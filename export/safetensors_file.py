@@ -82,6 +82,12 @@ class SafetensorsFile:
         tensor = self.tensors[name]
         return self._read(tensor.begin + begin, tensor.end if end is None else tensor.begin + end)
 
+    def read_ahead(self, name: str, begin: int, end: int) -> None:
+        """Let the system fetch bytes [begin, end) of a tensor meanwhile: they will be read soon."""
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            start = self.tensors[name].begin + begin
+            os.posix_fadvise(self._stream.fileno(), start, end - begin, os.POSIX_FADV_WILLNEED)
+
     def rows(self, name: str, rows: RowIndices | slice) -> FloatRows:
         """Rows of a tensor as a new float32 array [n, columns]; a vector has one column."""
         tensor = self.tensors[name]

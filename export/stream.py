@@ -44,6 +44,7 @@ Progress = Callable[[str, int, int], None]
 # Weights handled at a time by a thread: 1 MB in float32, which a core's own cache holds together with what it becomes.
 _BLOCK_WEIGHTS = 1 << 18
 _ROWS_TOGETHER = 16  # that the quantizers take side by side (export/quantizers/lanes.py); fewer cost as much
+_BLOCKS_READ_AHEAD = 64  # 32 MB of a 16-bit base
 _BLOCKS_A_THREAD = 4  # under way or waiting to be written, so that a slow write stops nobody
 
 
@@ -113,6 +114,15 @@ def write_files(
             raise
 
 
+@dataclass(frozen=True)
+class _Block:
+    """Some rows of a tensor, and whether they are its last; None for a tensor that export makes up."""
+
+    each: _Pass
+    rows: Rows | None
+    last: bool
+
+
 def _ways_to_quantize(outputs: Sequence[Output]) -> list[tuple[GGMLQuantizationType, bool]]:
     """Each type in the files, with whether an importance matrix guides it."""
     return sorted(
@@ -146,39 +156,58 @@ def _write_passes(
         source = _any(each).source
         return base.shard_of(merged.base_source(source)) if source else None
 
-    def finished(each: _Pass, rows: Rows | None) -> list[npt.NDArray[np.uint8]]:
+    def finished(block: _Block) -> list[npt.NDArray[np.uint8]]:
         receiving = [
-            _Receiver(role, of_file[_any(each).name], file.plan.importance)
+            _Receiver(role, of_file[_any(block.each).name], file.plan.importance)
             for role, of_file, file in zip(roles, plans, files.files, strict=True)
-            if role in each
+            if role in block.each
         ]
-        return _quantized(_values(each, rows, base, merged), receiving)
+        return _quantized(_values(block.each, block.rows, base, merged), receiving)
 
     # A product is computed by the thread that needs it; BLAS' own threads would compete with the others.
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(usable_cores(), "block") as pool:
+    threads = usable_cores()
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads, "block") as pool:
         # The next shard of a base on the hub is fetched when the one before it is done with and deleted.
         for _, of_shard in groupby(passes, shard):
-            blocks = ((each, rows, last) for each in of_shard for rows, last in _blocks(_any(each)))
-            for (each, _, last), contents in _in_order(pool, blocks, lambda block: finished(block[0], block[1])):
-                name = _any(each).name
-                receiving = [file for role, file in zip(roles, files.files, strict=True) if role in each]
+            blocks = _read_ahead(of_shard, base, merged)
+            for block, contents in _in_order(pool, blocks, finished, _BLOCKS_A_THREAD * threads):
+                name = _any(block.each).name
+                receiving = [file for role, file in zip(roles, files.files, strict=True) if role in block.each]
                 for file, content in zip(receiving, contents, strict=True):
                     file.write(content)
                 progress(name, files.written, planned)
-                if last:
+                if block.last:
                     files.step_done()
-                    _release(_any(each), awaited, base, merged)
+                    _release(_any(block.each), awaited, base, merged)
+
+
+def _read_ahead(passes: Iterable[_Pass], base: BaseWeights, merged: MergedWeights) -> Iterator[_Block]:
+    """The blocks in order; the disk is told of each some time before it comes, because nobody waits for it then."""
+    told: deque[_Block] = deque()
+    for each in passes:
+        tensor = _any(each)
+        for rows, last in _blocks(tensor):
+            if tensor.source is not None and rows is not None:
+                first, end = (
+                    (rows.start, rows.stop) if isinstance(rows, slice) else (int(rows.min()), int(rows.max()) + 1)
+                )
+                # What the adapter adds to the vocabulary lies behind the base's last row, and is not read from there.
+                base.read_ahead(merged.base_source(tensor.source), first, end)
+            told.append(_Block(each, rows, last))
+            if len(told) > _BLOCKS_READ_AHEAD:
+                yield told.popleft()
+    yield from told
 
 
 def _in_order(
-    pool: ThreadPoolExecutor, items: Iterable[Item], work: Callable[[Item], Result]
+    pool: ThreadPoolExecutor, items: Iterable[Item], work: Callable[[Item], Result], ahead: int
 ) -> Iterator[tuple[Item, Result]]:
-    """Each item with the result of ``work``, in order; only a few are begun ahead of the one that is asked for."""
+    """Each item with the result of ``work``, in order; no more than ``ahead`` are begun before they are asked for."""
     pending: deque[tuple[Item, Future[Result]]] = deque()
     try:
         for item in items:
             pending.append((item, pool.submit(work, item)))
-            if len(pending) > _BLOCKS_A_THREAD * usable_cores():
+            if len(pending) > ahead:
                 first, future = pending.popleft()
                 yield first, future.result()
         while pending:

@@ -130,6 +130,19 @@ class BaseWeights:
             )
         return values
 
+    def read_ahead(self, name: str, first: int, last: int) -> None:
+        """The rows [first, last) will be asked for soon: the disk may begin to read."""
+        four_bit = self._four_bit.get(name)
+        if four_bit is None:
+            stored = self.stored(name)
+            row_bytes = (stored.end - stored.begin) // max(1, stored.shape[0])
+            ranges = {name: (first * row_bytes, last * row_bytes)}
+        else:
+            ranges = four_bit.stored_ranges(first, last)
+        for part, (begin, end) in ranges.items():
+            if part not in self._kept:
+                self._shard_of[part].file().read_ahead(part, begin, end)
+
     def release(self, name: str) -> None:
         """The tensor will not be asked for again; the last one of a shard from the hub frees its disk space."""
         shard = self._shard_of[name]

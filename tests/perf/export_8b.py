@@ -44,7 +44,7 @@ SHARED_TOKENIZER = Path("../shared/tokenizers/deepseek-r1-distill-llama-8b")
 BUILD_OPTIONS = [
     "-DGGML_NATIVE=ON",
     "-DLLAMA_CURL=OFF",
-    *(f"-DCMAKE_{each}_FLAGS=-mno-amx-tile" for each in ("C", "CXX")),
+    *(f"-DCMAKE_{each}_FLAGS=-mno-amx-tile -mno-amx-int8 -mno-amx-bf16" for each in ("C", "CXX")),
 ]
 
 
@@ -192,12 +192,11 @@ def llama_cpp(source: Path | None) -> tuple[Path, Path]:
             subprocess.run([sys.executable, "-m", "pip", "download", *wanted, "-d", str(folder)], check=True)
             with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
                 archive.extractall(folder, filter="data")
-    binary = next(source.glob("**/bin/llama-quantize"), None)
-    if binary is None:
-        build = source / "build"
+    build = source / "build"
+    binary = build / "bin" / "llama-quantize"
+    if not binary.is_file():
         subprocess.run(["cmake", "-S", str(source), "-B", str(build), *BUILD_OPTIONS], check=True)
         subprocess.run(["cmake", "--build", str(build), "--target", "llama-quantize", "-j", "2"], check=True)
-        binary = build / "bin" / "llama-quantize"
     return source / "convert_hf_to_gguf.py", binary
 
 
