@@ -30,9 +30,11 @@ _CPU_TRAINING, _CPU_FORWARD, _CPU_PROMPT, _CPU_DECODE = 0.52, 0.8, 0.45, 0.18
 # llama.cpp reads all weights for each token of a single conversation, at about this rate, and needs as long again for
 # each layer's start and end.
 _MEMORY_BYTES_PER_SECOND, _SECONDS_PER_LAYER = 12e9, 0.27e-3
-# Weights a second and core that ggml's quantizers do in 32-bit floats (shared FACTS, LOG.md).
-_QUANTIZED_PER_SECOND_AND_CORE = {"K": 9e6, "legacy": 40e6, "copy": 150e6}
-_QUANTIZED_WITH_IMATRIX = {"K": 2.4e6, "legacy": 4.6e6, "copy": 150e6}
+# Weights a second and core that export reads, merges and quantizes, in AVX-512 (LOG.md, 2026-11-22).
+_QUANTIZED_PER_SECOND_AND_CORE = {"K": 40e6, "legacy": 40e6, "copy": 150e6}
+_QUANTIZED_WITH_IMATRIX = {"K": 30e6, "legacy": 60e6, "copy": 150e6}
+# Python, numba, the tokenizer and the few megabytes of weights under way, without the adapter (LOG.md, 2026-11-22).
+_EXPORT_BYTES = 0.3 * GIBIBYTE
 # Starting Python and importing: PyTorch and transformers; with Unsloth and TRL on top.
 _IMPORT_SECONDS, _IMPORT_TRAINING_SECONDS = 8.0, 20.0
 _IMPORT_BYTES, _IMPORT_TRAINING_BYTES = 0.62 * GIBIBYTE, 1.15 * GIBIBYTE
@@ -219,7 +221,7 @@ class Estimator:
         return StageEstimate(
             stage="export",
             seconds=3 + self.size.parameters * 2 / 1e9 + seconds,
-            memory_bytes=int(0.3 * GIBIBYTE + self.size.trained(self.config.lora) * 4 + 1.2 * self._mapped_block()),
+            memory_bytes=int(_EXPORT_BYTES + self.size.trained(self.config.lora) * 4),
             disk_bytes=int(sum(self.file_bytes(name) for name in self._files)),
         )
 
@@ -315,10 +317,6 @@ class Estimator:
             kind = "legacy"
         rates = _QUANTIZED_WITH_IMATRIX if guided and quantization != "Q8_0" else _QUANTIZED_PER_SECOND_AND_CORE
         return self.size.parameters / (rates[kind] * self.hardware.cores)
-
-    def _mapped_block(self) -> float:
-        """Blocks of 2^24 weights in 32 bit: base, change, sum, and the quantized one."""
-        return 4 * 4 * min(1 << 24, self.size.parameters)
 
     def _token_seconds(self, quantization: str) -> float:
         """Seconds a token of one conversation takes under llama.cpp."""
