@@ -123,7 +123,7 @@ def test_a_full_disk_is_known_before(base: Path) -> None:
 
 
 def test_two_gpus_are_told(base: Path) -> None:
-    plan = plan_for(base, MACHINES["kaggle-t4x2"])
+    plan = plan_for(base, MACHINES["kaggle-t4x2"], "training.batch_size=2")
     assert "2 of 2 GPUs train, a process each" in plan.choices[0].reason
 
 

@@ -28,6 +28,11 @@ ROWS = np.random.default_rng(0).normal(size=(5, 512)).astype(np.float32)
 IMPORTANCE = np.linspace(0.1, 3, 512, dtype=np.float32)
 
 
+@pytest.fixture(autouse=True)
+def not_forced_to_ggml(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+
+
 class RightKernel:
     """A Q4_K kernel whose bytes are ggml's because ggml makes them; ``calls`` counts the rows that it was given."""
 
