@@ -35,6 +35,8 @@ _QUANTIZED_PER_SECOND_AND_CORE = {"K": 40e6, "legacy": 40e6, "copy": 150e6}
 _QUANTIZED_WITH_IMATRIX = {"K": 30e6, "legacy": 60e6, "copy": 150e6}
 # Python, numba, the tokenizer and the few megabytes of weights under way, without the adapter (LOG.md, 2026-11-22).
 _EXPORT_BYTES = 0.3 * GIBIBYTE
+# llama.cpp while it measures the importance matrix, beside the mapped file.
+_MEASURING_BYTES = 0.55 * GIBIBYTE
 # Starting Python and importing: PyTorch and transformers; with Unsloth and TRL on top.
 _IMPORT_SECONDS, _IMPORT_TRAINING_SECONDS = 8.0, 20.0
 _IMPORT_BYTES, _IMPORT_TRAINING_BYTES = 0.62 * GIBIBYTE, 1.15 * GIBIBYTE
@@ -213,15 +215,17 @@ class Estimator:
         export = self.config.export
         guided = export.imatrix != "none"
         seconds = sum(self._quantizing_seconds(name, guided) for name in self._files)
+        memory = _EXPORT_BYTES + self.size.trained(self.config.lora) * 4
         if export.imatrix == "auto":
+            memory = max(memory, self.file_bytes("Q4_K_M") + _MEASURING_BYTES)
             measuring = 2 * self.size.parameters * _IMATRIX_TOKENS / (self.cpu_flops * _CPU_PROMPT)
             seconds += (
                 _IMPORT_SECONDS + self._quantizing_seconds("Q4_K_M", False) + self.size.parameters * 2 / 1e9 + measuring
             )
         return StageEstimate(
             stage="export",
-            seconds=3 + self.size.parameters * 2 / 1e9 + seconds,
-            memory_bytes=int(_EXPORT_BYTES + self.size.trained(self.config.lora) * 4),
+            seconds=9 + self.size.parameters * 2 / 1e9 + seconds,
+            memory_bytes=int(memory),
             disk_bytes=int(sum(self.file_bytes(name) for name in self._files)),
         )
 
