@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.charts import ACCENT, INK, SECOND, drawing, as_svg, whole_ticks
+from bench.charts import ACCENT, INK, SECOND, as_svg, drawing, whole_ticks
 from bench.sweep_comparison import MEASURES
 from bench.sweep_result import ExperimentRow, SweepResult
 

@@ -7,7 +7,6 @@ import resource
 import sys
 from pathlib import Path
 
-
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _KEPT_BYTES = 1 << 30
 

@@ -252,9 +252,7 @@ def test_the_rule_that_cuts_text_has_llama_cpps_name(split: str, adds_bos: bool,
     [("qwen2", tokenizer_metadata._QWEN2_SPLIT), ("mistral", tokenizer_metadata._TEKKEN_SPLIT)],
     ids=["R1-Distill-Qwen", "Mistral Nemo"],
 )
-def test_a_family_with_its_tokenizer_passes_verification(
-    architecture: str, split: str, tmp_path: Path
-) -> None:
+def test_a_family_with_its_tokenizer_passes_verification(architecture: str, split: str, tmp_path: Path) -> None:
     """Tokens, template and logits, as the verify stage compares them; the texts include accents that Qwen2 composes."""
     assert any(unicodedata.normalize("NFC", text) != text for text in verify.STRESS_TEXTS)
     size = save_tokenizer(tmp_path / "base", split, adds_bos=True, composes=architecture == "qwen2")

@@ -23,6 +23,7 @@ from export.gguf_model import GgufModel
 from export.importance import measure_importance, training_sequences
 from export.importance_file import Activations, ImportanceMatrix, read_importance, write_importance
 from export.importance_probe import REQUEST_NAME, Request, SquareSums, _Evaluator
+from export.quantizers.quantize import quantize
 from pipeline.errors import MedcotError
 from pipeline.prompts import Example
 
