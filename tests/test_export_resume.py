@@ -70,7 +70,7 @@ def syncs_every_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Stop:
-    """A progress callback that raises after so many calls, and remembers what it was told first."""
+    """A progress callback that raises after so many calls, one a tensor here, and remembers what it was told first."""
 
     def __init__(self, error: BaseException | None = None, calls: int = 0) -> None:
         self.error, self.calls = error, calls
@@ -89,7 +89,7 @@ def export(base: Path, adapter: Path | WeightedAdapter, out: Path, stop: Stop | 
     return said
 
 
-def interrupt(base: Path, adapter: Path, out: Path, calls: int = 40) -> None:
+def interrupt(base: Path, adapter: Path, out: Path, calls: int = 20) -> None:
     with pytest.raises(KeyboardInterrupt):
         export(base, adapter, out, Stop(KeyboardInterrupt(), calls))
 
@@ -191,7 +191,7 @@ def test_an_interruption_keeps_what_is_complete(
         out = tmp_path / type(error).__name__
         said: list[str] = []
         with pytest.raises(type(error)):
-            export_models(base, adapter, out, "m", ["F16", "Q4_0"], "Q8_0", Stop(error, 41), announce=said.append)
+            export_models(base, adapter, out, "m", ["F16", "Q4_0"], "Q8_0", Stop(error, 20), announce=said.append)
         assert said == ["The same command goes on behind tensor 20 of 38."]
         assert {path.name for path in out.iterdir()} == {JOURNAL_NAME, *(path.name for path in partials(out))}
         assert artifact_files(out) == []
@@ -212,7 +212,7 @@ def test_bytes_behind_the_journal_are_not_trusted(
             stream.write(b"\xff" * len(undisturbed[FILES[0]]))
     with (tmp_path / JOURNAL_NAME).open("ab") as stream:
         stream.write(b'{"steps": 3')  # cut in the middle of a line
-    interrupt(base, adapter, tmp_path, 20)
+    interrupt(base, adapter, tmp_path, 10)
     [said] = export(base, adapter, tmp_path)
     assert "behind tensor 30" in said
     assert contents(tmp_path) == undisturbed
@@ -246,8 +246,7 @@ def test_it_starts_anew_where_what_lies_there_is_of_no_use(
         damage(out)
         stop = Stop()
         export(base, adapter, out, stop)
-        heads = sum(undisturbed[name].index(b"blk.0.") for name in FILES)
-        assert stop.first is not None and stop.first[0] == "token_embd.weight" and stop.first[1] < 4 * heads
+        assert stop.first is not None and stop.first[0] == "token_embd.weight", "the first tensor"
         assert contents(out) == undisturbed, damage.__name__
 
 
