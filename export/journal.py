@@ -8,8 +8,6 @@ also is the folder's lock: it goes with the process, however that ends.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.errors import MedcotError
+from pipeline.file_lock import try_lock
 
 JOURNAL_NAME = ".export.journal"
 _FORMAT = 1
@@ -124,16 +123,11 @@ def _locked(path: Path) -> BinaryIO:
     while True:
         # Unbuffered, so that a line that did not fit the disk is not written a second time when closing.
         stream: BinaryIO = path.open("a+b", buffering=0)
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                stream.close()
-                raise MedcotError(
-                    f"Another export is writing into {path.parent}: wait until it is done or choose another folder."
-                ) from error
-            # A file system without locks (some network folders): two exports at once are then the user's to avoid.
-            return stream
+        if not try_lock(stream):
+            stream.close()
+            raise MedcotError(
+                f"Another export is writing into {path.parent}: wait until it is done or choose another folder."
+            )
         # Its last holder may have removed the file between our opening and our locking it.
         if path.exists() and os.fstat(stream.fileno()).st_ino == path.stat().st_ino:
             return stream

@@ -7,7 +7,6 @@ importance matrix no more than other text does (LOG.md).
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from export.importance_file import ImportanceMatrix, read_importance, write_impo
 from export.quant_types import file_type
 from pipeline.artifacts import sha256_json
 from pipeline.errors import MedcotError
+from pipeline.file_lock import try_lock
 from pipeline.results import ExportedModels
 
 AUTO = "auto"
@@ -122,14 +122,10 @@ def _scratch(folder: Path) -> Iterator[Path]:
     except OSError as error:
         raise MedcotError(f"{folder} cannot be written: {error.strerror}.") from error
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not try_lock(descriptor):
             raise MedcotError(
                 f"Another export is measuring in {folder.parent}: wait until it is done or choose another folder."
-            ) from error
-        except OSError:
-            pass  # a file system without locks: two exports at once are then the user's to avoid
+            )
         _empty(folder)  # a killed export's
         try:
             yield folder

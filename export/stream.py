@@ -24,8 +24,7 @@ from gguf import GGMLQuantizationType
 from threadpoolctl import threadpool_limits
 
 from export.architecture import Architecture, ModelTensor
-from export.gguf_file import GgufPlan, PlannedTensor
-from export.importance_file import ImportanceMatrix
+from export.gguf_file import GgufFile, GgufPlan
 from export.merged_weights import MergedWeights
 from export.partial_files import PartialFile, PartialFiles, missing_bytes, open_partial_files
 from export.quantizers.choice import chooser
@@ -115,22 +114,30 @@ def write_files(
 
 
 @dataclass(frozen=True)
+class _Receiver:
+    """A file's use for a tensor; ``importance`` float32 [columns], or None."""
+
+    file: GgufFile
+    role: Role
+    ggml_type: GGMLQuantizationType
+    importance: npt.NDArray[np.float32] | None
+
+
+@dataclass(frozen=True)
 class _Block:
     """Some rows of a tensor, and whether they are its last; None for a tensor that export makes up."""
 
     each: _Pass
     rows: Rows | None
     last: bool
+    receivers: Sequence[_Receiver]
 
 
 def _ways_to_quantize(outputs: Sequence[Output]) -> list[tuple[GGMLQuantizationType, bool]]:
     """Each type in the files, with whether an importance matrix guides it."""
     return sorted(
         {
-            (
-                tensor.ggml_type,
-                output.plan.importance is not None and output.plan.importance.of(tensor.name) is not None,
-            )
+            (tensor.ggml_type, output.plan.importance is not None and tensor.name in output.plan.importance.matrices)
             for output in outputs
             for tensor in output.plan.tensors
         }
@@ -150,42 +157,47 @@ def _write_passes(
     base.plan(awaited)
     keep_freed_memory()
     planned = files.planned
-    plans = [{tensor.name: tensor for tensor in file.plan.tensors} for file in files.files]
+    receivers = _receivers_by_tensor(files.files, roles)
 
     def shard(each: _Pass) -> object:
         source = _any(each).source
         return base.shard_of(merged.base_source(source)) if source else None
 
     def finished(block: _Block) -> list[npt.NDArray[np.uint8]]:
-        receiving = [
-            _Receiver(role, of_file[_any(block.each).name], file.plan.importance)
-            for role, of_file, file in zip(roles, plans, files.files, strict=True)
-            if role in block.each
-        ]
-        return _quantized(_values(block.each, block.rows, base, merged), receiving)
+        return _quantized(block, _values(block.each, block.rows, base, merged))
 
     # A product is computed by the thread that needs it; BLAS' own threads would compete with the others.
     threads = usable_cores()
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads, "block") as pool:
         # The next shard of a base on the hub is fetched when the one before it is done with and deleted.
         for _, of_shard in groupby(passes, shard):
-            blocks = _read_ahead(of_shard, base, merged)
+            blocks = _read_ahead(of_shard, receivers, base, merged)
             for block, contents in _in_order(pool, blocks, finished, _BLOCKS_A_THREAD * threads):
-                name = _any(block.each).name
-                receiving = [file for role, file in zip(roles, files.files, strict=True) if role in block.each]
-                for file, content in zip(receiving, contents, strict=True):
-                    file.write(content)
-                progress(name, files.written, planned)
+                for receiver, content in zip(block.receivers, contents, strict=True):
+                    receiver.file.write(content)
+                progress(_any(block.each).name, files.written, planned)
                 if block.last:
                     files.step_done()
                     _release(_any(block.each), awaited, base, merged)
 
 
-def _read_ahead(passes: Iterable[_Pass], base: BaseWeights, merged: MergedWeights) -> Iterator[_Block]:
+def _receivers_by_tensor(files: Sequence[GgufFile], roles: Sequence[Role]) -> dict[str, list[_Receiver]]:
+    receivers: dict[str, list[_Receiver]] = {}
+    for file, role in zip(files, roles, strict=False):  # no files where they only have to be renamed
+        for tensor in file.plan.tensors:
+            importance = None if file.plan.importance is None else file.plan.importance.of(tensor.name)
+            receivers.setdefault(tensor.name, []).append(_Receiver(file, role, tensor.ggml_type, importance))
+    return receivers
+
+
+def _read_ahead(
+    passes: Iterable[_Pass], receivers: Mapping[str, Sequence[_Receiver]], base: BaseWeights, merged: MergedWeights
+) -> Iterator[_Block]:
     """The blocks in order; the disk is told of each some time before it comes, because nobody waits for it then."""
     told: deque[_Block] = deque()
     for each in passes:
         tensor = _any(each)
+        receiving = [receiver for receiver in receivers[tensor.name] if receiver.role in each]
         for rows, last in _blocks(tensor):
             if tensor.source is not None and rows is not None:
                 first, end = (
@@ -193,7 +205,7 @@ def _read_ahead(passes: Iterable[_Pass], base: BaseWeights, merged: MergedWeight
                 )
                 # What the adapter adds to the vocabulary lies behind the base's last row, and is not read from there.
                 base.read_ahead(merged.base_source(tensor.source), first, end)
-            told.append(_Block(each, rows, last))
+            told.append(_Block(each, rows, last, receiving))
             if len(told) > _BLOCKS_READ_AHEAD:
                 yield told.popleft()
     yield from told
@@ -292,28 +304,18 @@ def _values(each: _Pass, rows: Rows | None, base: BaseWeights, merged: MergedWei
     return values
 
 
-@dataclass(frozen=True)
-class _Receiver:
-    """A file's use for a block."""
-
-    role: Role
-    tensor: PlannedTensor
-    importance: ImportanceMatrix | None
-
-
-def _quantized(values: Mapping[Role, FloatRows], receiving: Sequence[_Receiver]) -> list[npt.NDArray[np.uint8]]:
-    """The block for each file; the same rows in the same type are quantized once."""
+def _quantized(block: _Block, values: Mapping[Role, FloatRows]) -> list[npt.NDArray[np.uint8]]:
+    """The block for each receiver; the same rows in the same type are quantized once."""
     finished: dict[tuple[int, int, bool], npt.NDArray[np.uint8]] = {}
     contents = []
-    for receiver in receiving:
-        rows, planned = values[receiver.role], receiver.tensor
-        importance = None if receiver.importance is None else receiver.importance.of(planned.name)
-        key = (id(rows), int(planned.ggml_type), importance is None)
+    for receiver in block.receivers:
+        rows, importance = values[receiver.role], receiver.importance
+        key = (id(rows), int(receiver.ggml_type), importance is None)
         if key not in finished:
             try:
-                finished[key] = quantize(rows, planned.ggml_type, importance)
+                finished[key] = quantize(rows, receiver.ggml_type, importance)
             except OverflowError as error:
-                raise MedcotError(f"{planned.name}: {error}; export to BF16 or F32 instead.") from error
+                raise MedcotError(f"{_any(block.each).name}: {error}; export to BF16 or F32 instead.") from error
         contents.append(finished[key])
     return contents
 

@@ -9,7 +9,6 @@ manifest). A process of its own gives every stage its own peak memory and return
 
 from __future__ import annotations
 
-import fcntl
 import importlib
 import json
 import os
@@ -41,6 +40,7 @@ from pipeline.artifacts import (
 from pipeline.base_model import base_identity
 from pipeline.config import Config, load_config
 from pipeline.errors import MedcotError
+from pipeline.file_lock import try_lock
 from pipeline.processes import PARENT_VARIABLE, ended_by_signal
 from pipeline.sources import source_identity
 
@@ -420,12 +420,8 @@ def locked(run_dir: Path) -> Iterator[None]:
     except OSError as error:
         raise MedcotError(f"{run_dir} cannot be written ({error.strerror}): choose another --run-dir.") from error
     with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise FolderBusy(
-                f"Another medcot run is at work in {run_dir}: wait for it or choose another folder."
-            ) from error
+        if not try_lock(stream):
+            raise FolderBusy(f"Another medcot run is at work in {run_dir}: wait for it or choose another folder.")
         yield
 
 

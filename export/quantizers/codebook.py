@@ -19,19 +19,18 @@ distances to neighbouring integers are exact in float32 where they are about equ
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as T
 
+from export.quantizers.calls import by_blocks, by_rows
+from export.quantizers.constants import ALL_ZEROS, ONE, ZERO
 from export.quantizers.kernel import Kernel
 from export.quantizers.lanes import (
     LANES,
     absolute,
     group_start,
-    in_lanes,
     inlined,
     kernel,
     larger,
@@ -54,9 +53,6 @@ MIDPOINTS = (CODEBOOK[:-1] + CODEBOOK[1:]) / np.float32(2)
 GAPS = np.diff(CODEBOOK)
 FIRST, LAST = CODEBOOK[0], CODEBOOK[-1]
 STRETCHES = 7  # in each direction
-
-ZERO, ONE = np.float32(0), np.float32(1)
-SMALLEST = np.float32(1e-15)  # weights that are all smaller count as zeros
 
 WEIGHTS, SCALES, VALUES = 0, 32, 40  # vectors where they begin in scratch
 
@@ -126,7 +122,7 @@ def best_scale(scratch: Any, values: int) -> Any:
         better = (sum_vv > ZERO) & (sum_xv * sum_xv > removed * sum_vv)
         scale = select(better, sum_xv / sum_vv, scale)
         removed = select(better, scale * sum_xv, removed)
-    return select(magnitude < SMALLEST, ZERO, scale)
+    return select(magnitude < ALL_ZEROS, ZERO, scale)
 
 
 @inlined
@@ -203,13 +199,7 @@ def iq4_xs(rows: Any, importance: Any, packed: Any) -> None:
             store_words(packed, row, at + 4, low)
 
 
-def _kernel(compiled: Any, ggml_type: T) -> Kernel:
-    """Without importance every block is a row of its own: lanes stay full however few rows there are."""
-    block, size = GGML_QUANT_SIZES[ggml_type]
-    return Kernel(
-        plain=lambda rows, packed: in_lanes(compiled, rows.reshape(-1, block), None, packed.reshape(-1, size)),
-        guided=partial(in_lanes, compiled),
-    )
-
-
-KERNELS = {T.IQ4_NL: _kernel(iq4_nl, T.IQ4_NL), T.IQ4_XS: _kernel(iq4_xs, T.IQ4_XS)}
+KERNELS = {
+    T.IQ4_NL: Kernel(by_blocks(iq4_nl, T.IQ4_NL, None), by_rows(iq4_nl)),
+    T.IQ4_XS: Kernel(by_blocks(iq4_xs, T.IQ4_XS, None), by_rows(iq4_xs)),
+}

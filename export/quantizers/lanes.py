@@ -346,19 +346,3 @@ def from_half(half):  # type: ignore[no-untyped-def]
 def group_start(row, count):  # type: ignore[no-untyped-def]
     """The first of the sixteen rows at ``row``: an earlier one, and some rows twice, where fewer are left."""
     return min(row, count - LANES)
-
-
-def in_lanes(compiled: Callable[..., None], *arguments: Any) -> None:
-    """Calls ``compiled(rows, ..., out)`` with at least sixteen rows: fewer are filled up with zeros."""
-    # To numba a read-only or unaligned array is a type of its own, for which it would compile anew.
-    rows, *between, out = (
-        np.require(each, requirements=["C", "A", "W"]) if isinstance(each, np.ndarray) else each for each in arguments
-    )
-    if len(rows) >= LANES:
-        compiled(rows, *between, out)
-    elif len(rows):
-        padded = np.zeros((LANES, rows.shape[1]), np.float32)
-        padded[: len(rows)] = rows
-        packed = np.empty((LANES, out.shape[1]), np.uint8)
-        compiled(padded, *between, packed)
-        out[:] = packed[: len(rows)]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from export.quantizers.constants import ALL_ZEROS, ONE, ZERO
 from export.quantizers.fields import four_bytes
 from export.quantizers.lanes import (
     LANES,
@@ -39,7 +40,7 @@ from export.quantizers.lanes import (
     to_int,
     transpose_in,
 )
-from export.quantizers.symmetric_search import ALL_ZEROS, ONE, ZERO, extreme_of, requantize, search, stored_level
+from export.quantizers.symmetric_search import extreme_of, requantize, search, stored_level
 
 LOWEST = np.float32(-4)
 HIGHEST = np.float32(3)

@@ -21,9 +21,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as T
 
+from export.quantizers.calls import by_blocks, by_rows
+from export.quantizers.constants import ZERO
 from export.quantizers.fields import four_bytes
 from export.quantizers.kernel import Importance, Kernel, Packed, Rows
 from export.quantizers.lanes import (
@@ -32,7 +33,6 @@ from export.quantizers.lanes import (
     any_lane,
     from_half,
     group_start,
-    in_lanes,
     inlined,
     kernel,
     larger,
@@ -51,7 +51,6 @@ from export.quantizers.lanes import (
 )
 from export.quantizers.scale_and_min_search import (
     MINIMA,
-    ZERO,
     Method,
     code_by_largest,
     code_by_search,
@@ -263,16 +262,15 @@ def _guided(width: int, top: int, spread: int, top_code: int = 0) -> Method:
     return Method(width, real(top), real(-0.9), real(0.05), 36, False, real(spread), real(top_code))
 
 
-def _kernel(ggml_type: T, function: Callable[..., None], guided: Method, plain: Method | None = None) -> Kernel:
-    block, size = GGML_QUANT_SIZES[ggml_type]
+def _kernel(ggml_type: T, compiled: Callable[..., None], guided: Method, plain: Method | None = None) -> Kernel:
+    def with_scratch(rows: Rows, importance: Importance | None, method: Method, out: Packed) -> None:
+        # New for every call: threads call at the same time.
+        compiled(rows, importance, method, scratch(), out)
 
-    def run_plain(rows: Rows, out: Packed) -> None:
-        in_lanes(function, rows.reshape(-1, block), None, plain, scratch(), out.reshape(-1, size))
-
-    def run_guided(rows: Rows, importance: Importance, out: Packed) -> None:
-        in_lanes(function, rows, importance, guided, scratch(), out)
-
-    return Kernel(plain=run_plain if plain else None, guided=run_guided)
+    return Kernel(
+        plain=by_blocks(with_scratch, ggml_type, None, plain) if plain else None,
+        guided=by_rows(with_scratch, guided),
+    )
 
 
 KERNELS = {

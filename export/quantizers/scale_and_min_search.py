@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from export.quantizers.constants import ALL_ZEROS, ONE, TENTH, ZERO
 from export.quantizers.lanes import (
     LANES,
     absolute,
@@ -36,11 +37,6 @@ from export.quantizers.lanes import (
     store,
     to_float,
 )
-
-ZERO = np.float32(0)
-ONE = np.float32(1)
-TENTH = np.float32(0.1)
-ALL_ZEROS = np.float32(1e-15)  # scales whose largest is smaller count as zeros
 
 
 class Method(NamedTuple):

@@ -11,27 +11,23 @@ Lanes are rows, and the vectors of a scratch array the columns of one block at a
     ...
     lane 15      [ row 15's                                      ]
 
-Without an importance matrix a block's bytes do not depend on its place in the row, so each block counts as a row there,
-and few but long rows fill the lanes too.
+Without an importance matrix each block counts as a row (export/quantizers/calls.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
-from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as T
 
+from export.quantizers.calls import by_blocks, by_rows
+from export.quantizers.constants import ALL_ZEROS, ONE, ZERO
 from export.quantizers.fields import four_bytes
-from export.quantizers.kernel import Guided, Importance, Kernel, Packed, Plain, Rows
+from export.quantizers.kernel import Kernel
 from export.quantizers.lanes import (
     LANES,
     absolute,
     from_half,
     group_start,
-    in_lanes,
     kernel,
     load,
     nearest_int,
@@ -49,7 +45,7 @@ from export.quantizers.lanes import (
     transpose_in,
 )
 from export.quantizers.q3_k import q3_k
-from export.quantizers.symmetric_search import ALL_ZEROS, ONE, ZERO, extreme_of, requantize, search
+from export.quantizers.symmetric_search import extreme_of, requantize, search
 
 BEFORE_HALF = np.float32(0.49999997)  # the float32 before 0.5
 UNGUIDED = np.empty(0, np.float32)  # the importance that stands for weights x x
@@ -152,26 +148,10 @@ def q8_0(rows, out):  # type: ignore[no-untyped-def]
                 store_words(out, row, 34 * block + 2 + i, four_bytes(levels, i, 0, 8, 0))
 
 
-def _by_blocks(compiled: Callable[..., None], ggml_type: T, *given: Any) -> Plain:
-    block, size = GGML_QUANT_SIZES[ggml_type]
-
-    def run(rows: Rows, packed: Packed) -> None:
-        in_lanes(compiled, rows.reshape(-1, block), *given, packed.reshape(-1, size))
-
-    return run
-
-
-def _by_rows(compiled: Callable[..., None], *given: Any) -> Guided:
-    def run(rows: Rows, importance: Importance, packed: Packed) -> None:
-        in_lanes(compiled, rows, importance, *given, packed)
-
-    return run
-
-
 KERNELS = {
-    T.Q6_K: Kernel(_by_blocks(q6_k, T.Q6_K, UNGUIDED), _by_rows(q6_k)),
-    T.Q3_K: Kernel(_by_blocks(q3_k, T.Q3_K, None), _by_rows(q3_k)),
-    T.Q8_0: Kernel(_by_blocks(q8_0, T.Q8_0)),
-    T.Q4_0: Kernel(guided=_by_rows(q4_0_or_q5_0, 8)),
-    T.Q5_0: Kernel(guided=_by_rows(q4_0_or_q5_0, 16)),
+    T.Q6_K: Kernel(by_blocks(q6_k, T.Q6_K, UNGUIDED), by_rows(q6_k)),
+    T.Q3_K: Kernel(by_blocks(q3_k, T.Q3_K, None), by_rows(q3_k)),
+    T.Q8_0: Kernel(by_blocks(q8_0, T.Q8_0)),
+    T.Q4_0: Kernel(guided=by_rows(q4_0_or_q5_0, 8)),
+    T.Q5_0: Kernel(guided=by_rows(q4_0_or_q5_0, 16)),
 }

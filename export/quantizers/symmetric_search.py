@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from export.quantizers.constants import ALL_ZEROS, ONE, TENTH, ZERO
 from export.quantizers.lanes import (
     absolute,
     inlined,
@@ -29,11 +30,6 @@ from export.quantizers.lanes import (
     smaller,
     store,
 )
-
-ZERO = np.float32(0)
-ONE = np.float32(1)
-TENTH = np.float32(0.1)
-ALL_ZEROS = np.float32(1e-15)  # values of a smaller magnitude, all of them, count as zeros
 
 
 @inlined
