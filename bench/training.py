@@ -22,13 +22,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.table import Table
 
-from bench.speed import REPOSITORY, machine_name
+from bench.speed import machine_name
 from bench.statistics import percentile
 from bench.training_probe import RESULT_NAME, TimedSteps, TrainingRequest, Way
 from pipeline.artifacts import package_versions
 from pipeline.config import DEFAULT_PRESET, load_config
 from pipeline.errors import GateFailed, MedcotError
 from pipeline.hardware import detect
+from pipeline.processes import with_our_packages
 from pipeline.run import run, stage_named
 
 WAYS: tuple[Way, ...] = get_args(Way)
@@ -106,7 +107,6 @@ def compare(preset: str, overrides: Sequence[str], steps: int, repeats: int, fol
 
 
 def _measure(request: TrainingRequest) -> TimedSteps:
-    search_path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     # What run.py sets for the stage is part of our way; the others run in the user's environment.
     own = stage_named("train").environment if request.way == "medcot" else {}
     log = request.out_dir / "log.txt"
@@ -117,7 +117,7 @@ def _measure(request: TrainingRequest) -> TimedSteps:
             text=True,
             stdout=stream,
             stderr=stream,
-            env={**own, **os.environ, "PYTHONPATH": search_path},
+            env={**own, **with_our_packages()},
             check=False,
         ).returncode
     if status != 0:

@@ -9,7 +9,6 @@ measured by llama.cpp on a GGUF of the merged model: mapped from the disk, so th
 
 from __future__ import annotations
 
-import os
 import random
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from export.importance_file import ImportanceMatrix, read_importance
 from export.importance_probe import REQUEST_NAME, RESULT_NAME, Request
 from pipeline.errors import MedcotError
 from pipeline.hardware import usable_cores
+from pipeline.processes import with_our_packages
 from pipeline.prompts import ChatFormat, Example
 
 # Called with the tokens done and their total.
@@ -97,14 +97,12 @@ def measure_importance(
 
 
 def _run_probe(folder: Path, model: Path, total: int, progress: Progress) -> None:
-    root = str(Path(__file__).resolve().parent.parent)
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     with (
         # A pipe that nobody reads while the other one is read would block the child.
         tempfile.TemporaryFile() as complaints,
         subprocess.Popen(
             [sys.executable, "-m", "export.importance_probe", str(folder)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            env=with_our_packages(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=complaints,

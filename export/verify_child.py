@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 from export.verify_probe import ANSWER_NAME, NO_ROOM_STATUS, REQUEST_NAME, Answer, Request
 from pipeline.errors import MedcotError
+from pipeline.processes import with_our_packages
 
 _TIMEOUT_SECONDS = 3600
 _KILLED = 9
@@ -21,12 +21,10 @@ def ask(request: Request, folder: Path) -> Answer | str:
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / REQUEST_NAME).write_text(request.model_dump_json(), encoding="utf-8")
-    root = str(Path(__file__).resolve().parent.parent)
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     try:
         child = subprocess.run(
             [sys.executable, "-m", "export.verify_probe", str(folder)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            env=with_our_packages(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -12,6 +12,7 @@ import time
 
 from pydantic import BaseModel, ConfigDict
 
+from pipeline.batch_shares import processes_for
 from pipeline.checkpoints import KEPT
 from pipeline.config import Config
 from pipeline.hardware import GIBIBYTE, MEBIBYTE, Hardware
@@ -165,7 +166,9 @@ class Estimator:
         operations = self.size.parameters * (passes * tokens + 2 * held_out)
         if on_gpu:
             teraflops = gpu_teraflops(self.hardware)
-            speed = None if teraflops is None else teraflops * 1e12 * _GPU_SHARE
+            # Each GPU computes its share of a step's examples; what they tell each other is the adapter's gradients.
+            gpus = int(processes_for(training, len(self.hardware.gpu_names)).value)
+            speed = None if teraflops is None else gpus * teraflops * 1e12 * _GPU_SHARE
         else:
             speed = self.cpu_flops * _CPU_TRAINING
         download = self._base_bytes()

@@ -27,6 +27,12 @@ ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
+def with_our_packages() -> dict[str, str]:
+    """This process's environment for a child that runs one of our modules with ``python -m``, whatever its folder."""
+    root = str(Path(__file__).resolve().parent.parent)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+
+
 def end_with_parent() -> None:
     """Called in a child: when its parent is killed, so is it. An orphan would go on writing into a run's folder."""
     if sys.platform == "linux":

@@ -41,7 +41,7 @@ from pipeline.base_model import base_identity
 from pipeline.config import Config, load_config
 from pipeline.errors import MedcotError
 from pipeline.file_lock import try_lock
-from pipeline.processes import PARENT_VARIABLE, ended_by_signal
+from pipeline.processes import PARENT_VARIABLE, ended_by_signal, with_our_packages
 from pipeline.sources import source_identity
 
 CONFIG_NAME = "config.yaml"
@@ -376,11 +376,9 @@ def _run_in_process(stage: Stage, run_dir: Path) -> None:
 
 def _child(name: str, module_and_arguments: Sequence[str], environment: Mapping[str, str]) -> None:
     """Run one of our modules in a process of its own; what it has told the user is not told again."""
-    root = str(Path(__file__).resolve().parent.parent)
-    search_path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         [sys.executable, "-m", *module_and_arguments],
-        env={**environment, **os.environ, "PYTHONPATH": search_path, PARENT_VARIABLE: str(os.getpid())},
+        env={**environment, **with_our_packages(), PARENT_VARIABLE: str(os.getpid())},
     )
     try:
         status = process.wait()

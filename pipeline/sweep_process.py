@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.processes import PARENT_VARIABLE, ended_by_signal, run_as_child
+from pipeline.processes import PARENT_VARIABLE, ended_by_signal, run_as_child, with_our_packages
 from pipeline.run import FolderBusy, StageFailed, load_run_config, run
 
 LOG_NAME = "run.log"
@@ -29,15 +29,13 @@ class ExperimentProcess:
     """
 
     def __init__(self, run_dir: Path, until: str, environment: Mapping[str, str]) -> None:
-        root = str(Path(__file__).resolve().parent.parent)
-        search_path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
         self.run_dir = run_dir
         self._log = run_dir / LOG_NAME
         with self._log.open("ab") as stream:
             self._begin = self._told = stream.tell()
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "pipeline.sweep_process", str(run_dir), until],
-                env={**os.environ, **environment, "PYTHONPATH": search_path, PARENT_VARIABLE: str(os.getpid())},
+                env={**with_our_packages(), **environment, PARENT_VARIABLE: str(os.getpid())},
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=stream,

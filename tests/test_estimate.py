@@ -71,6 +71,16 @@ def test_training_time_is_within_a_half_of_the_published_t4_run() -> None:
     assert 1 / 1.5 < stage.seconds / (17.6 * 60) < 1.5
 
 
+def test_two_gpus_share_the_work_of_a_step() -> None:
+    config = load_config("tinyllama-flashcards")
+    one, two = (
+        estimator(config, TINYLLAMA, workload(110, 250, rows=3000), MACHINES[name]).train().seconds
+        for name in ("kaggle-t4", "kaggle-t4x2")
+    )
+    assert one is not None and two is not None
+    assert 0.5 * one < two < 0.6 * one, "loading takes as long as before"
+
+
 def test_the_8b_preset_fits_a_t4_and_a_batch_of_64_does_not() -> None:
     at_work = estimator(load_config("deepseek-r1-8b"), LLAMA_8B, workload(750, 2048))
     small, large = at_work.training_bytes(2), at_work.training_bytes(64)
