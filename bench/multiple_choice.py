@@ -85,12 +85,7 @@ def measure_choice(engine: Engine, record: HeldOutRecord, new: Sequence[int]) ->
     question = choice_question(record)
     letters = LETTERS[: len(record.options)]
     spelled = [
-        [
-            id_
-            for part in engine.chat_format.encode_parts(Example(question, thought, f"{_CUE} {letter}"))
-            for id_ in part
-        ]
-        for letter in letters
+        engine.chat_format.encode(Example(question, thought, f"{_CUE} {letter}")).input_ids for letter in letters
     ]
     # All options share what comes before the letter: one evaluation gives the likelihood of each.
     shared = _common_prefix(spelled)
