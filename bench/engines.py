@@ -29,10 +29,10 @@ from pipeline.hardware import usable_cores
 from pipeline.prompts import ChatFormat
 from pipeline.vocabulary import TransformersVocabulary
 
-EngineName = Literal["llama.cpp", "transformers"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 ADAPTER_CONFIG = "adapter_config.json"
 _BATCH = {"cuda": 16, "cpu": 4}  # prompts that transformers answers together
+EngineName = Literal["llama.cpp", "transformers"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
