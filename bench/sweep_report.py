@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table as ConsoleTable
 
 from bench.page import Line, Page, Section, Table, byte_size, duration, render
+from bench.statistics import LEAST_RECORDS
 from bench.sweep_charts import (
     compared,
     describe_differences,
@@ -16,7 +17,7 @@ from bench.sweep_charts import (
     loss_chart,
     with_curves,
 )
-from bench.sweep_comparison import LEAST_RECORDS, MEASURES, Difference, Measure
+from bench.sweep_comparison import MEASURES, Difference, Measure
 from bench.sweep_result import ExperimentRow, SweepResult
 from pipeline.artifacts import write_json, write_text
 from pipeline.sweep_file import RESULT_STEM

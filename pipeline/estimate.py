@@ -38,6 +38,7 @@ _QUANTIZED_WITH_IMATRIX = {"K": 30e6, "legacy": 60e6, "copy": 150e6}
 _EXPORT_BYTES = 0.3 * GIBIBYTE
 # llama.cpp while it measures the importance matrix, beside the mapped file.
 _MEASURING_BYTES = 0.55 * GIBIBYTE
+_REFERENCE_QUESTIONS = 3  # that every evaluation asks (bench/held_out.py)
 # Starting Python and importing: PyTorch and transformers; with Unsloth and TRL on top.
 _IMPORT_SECONDS, _IMPORT_TRAINING_SECONDS = 8.0, 20.0
 _IMPORT_BYTES, _IMPORT_TRAINING_BYTES = 0.62 * GIBIBYTE, 1.15 * GIBIBYTE
@@ -70,6 +71,7 @@ class Workload(BaseModel):
     mean_tokens: float
     mean_completion_tokens: float
     longest_tokens: int
+    share_with_options: float = 0.0
 
 
 class StageEstimate(BaseModel):
@@ -254,10 +256,13 @@ class Estimator:
         evaluation = self.config.evaluation
         rows = min(evaluation.rows, self.work.eval_rows)
         models = 2 if self.config.export.include_base else 1
+        choices = min(rows if evaluation.choice_rows is None else evaluation.choice_rows, rows)
+        choices = min(choices, math.ceil(rows * self.work.share_with_options))
+        asked = rows + choices + _REFERENCE_QUESTIONS
         # A model that has learned to end its turn writes about as much as the references, its base up to the limit.
-        written = rows * (min(1.3 * self.work.mean_completion_tokens, evaluation.max_new_tokens))
-        written += (models - 1) * rows * 0.8 * evaluation.max_new_tokens
-        read = models * rows * 2 * self.work.mean_tokens
+        written = asked * (min(1.3 * self.work.mean_completion_tokens, evaluation.max_new_tokens))
+        written += (models - 1) * asked * 0.8 * evaluation.max_new_tokens
+        read = models * (rows + choices) * 2 * self.work.mean_tokens
         decoding = max(
             self.cpu_flops * _CPU_DECODE / (2 * self.size.parameters), 1 / self._token_seconds(self.config.export.ship)
         )
