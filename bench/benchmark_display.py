@@ -12,10 +12,10 @@ from pipeline.results import Benchmark, Estimate, FileQuality, Speed
 
 
 def print_benchmark(benchmark: Benchmark) -> None:
-    """Speeds, what a person waits for, quality and the recommendation, on standard output."""
+    """Speeds, sizes, what a person waits for, quality and the recommendation, on standard output."""
     console = Console()
-    console.print(_speed_table(benchmark.models))
-    console.print(_waiting_table(benchmark))
+    for table in (_speed_table(benchmark.models), _size_table(benchmark.models), _waiting_table(benchmark)):
+        console.print(table)
     for speed in benchmark.models:
         for note in filter(None, [*speed.notes, speed.cold_load_note]):
             console.print(f"{speed.model}: {note}", highlight=False)
@@ -28,56 +28,72 @@ def print_benchmark(benchmark: Benchmark) -> None:
     console.print(_conditions(benchmark), highlight=False)
 
 
+def _table(*columns: str) -> Table:
+    """Of models, whose names are shown whole; in a narrow terminal the other columns are broken."""
+    table = Table("model")
+    table.columns[0].no_wrap = True
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
 def _speed_table(models: Sequence[Speed]) -> Table:
-    table = Table("model", "weights", "file, MB", "bits/weight", "peak memory, MB", "test", "tokens/s")
+    table = _table("weights", "test", "tokens/s")
     for model in models:
-        first = (
-            model.model,
-            f"{model.engine}, {model.weights}",
-            "-" if model.file_bytes is None else f"{model.file_bytes / 1e6:.0f}",
-            "-" if model.bits_per_weight is None else f"{model.bits_per_weight:.2f}",
-            f"{model.peak_memory_bytes / 1e6:.0f}"
-            + ("" if model.peak_gpu_bytes is None else f" + GPU {model.peak_gpu_bytes / 1e6:.0f}"),
-        )
+        first = (model.model, model.weights if model.engine == "llama.cpp" else f"{model.engine}, {model.weights}")
         for number, test in enumerate(model.tests):
             figure = f"{test.mean:.2f} ± {test.standard_deviation:.2f}"
-            table.add_row(*(first if number == 0 else ("",) * len(first)), test.name, figure)
+            table.add_row(*(first if number == 0 else ("", "")), test.name, figure)
+    return table
+
+
+def _size_table(models: Sequence[Speed]) -> Table:
+    table = _table("file, MB", "bits/weight", "peak memory, MB", "load cold, s", "warm, s")
+    for model in models:
+        gpu = "" if model.peak_gpu_bytes is None else f" + GPU {model.peak_gpu_bytes / 1e6:.0f}"
+        table.add_row(
+            model.model,
+            _figure(None if model.file_bytes is None else model.file_bytes / 1e6, 0),
+            _figure(model.bits_per_weight, 2),
+            f"{model.peak_memory_bytes / 1e6:.0f}{gpu}",
+            _figure(model.cold_load_seconds, 2),
+            _figure(model.load_seconds, 2),
+        )
     return table
 
 
 def _waiting_table(benchmark: Benchmark) -> Table:
     length = benchmark.answer_length
-    table = Table("model", "load cold / warm, s", "first token p50 / p99, s", "token to token p50 / p90 / p99, ms")
+    table = _table(
+        "first token p50 / p99, s", "next token p50 / p90 / p99, ms", "answer, s", "of memory speed", "J/token"
+    )
     if length is not None:
-        table.add_column("whole answer, s")
         table.caption = (
-            f"Whole answer: {length.thought_tokens:.0f} tokens of thought and {length.answer_tokens:.0f} of answer "
+            f"Answer: {length.thought_tokens:.0f} tokens of thought and {length.answer_tokens:.0f} of answer "
             f"({length.source})."
         )
-    table.add_column("of memory speed")
-    table.add_column("J/token")
     for model in benchmark.models:
-        cold = "-" if model.cold_load_seconds is None else f"{model.cold_load_seconds:.2f}"
-        share = None if benchmark.bandwidth is None else model.roofline_share(benchmark.bandwidth.best)
-        joules = model.energy.joules_per_token if model.energy else None
         table.add_row(
             model.model,
-            f"{cold} / {model.load_seconds:.2f}",
-            _percentiles(model.time_to_first_token_seconds, (0.5, 0.99), 1),
-            _percentiles(model.inter_token_seconds, (0.5, 0.9, 0.99), 1000),
-            *([] if length is None else [f"{model.seconds_to_answer(length):.1f}"]),
-            "-" if share is None else f"{share:.0%}",
-            "-" if joules is None else f"{joules:.2f}",
+            _percentiles(model.time_to_first_token_seconds, (0.5, 0.99), 1, 2),
+            _percentiles(model.inter_token_seconds, (0.5, 0.9, 0.99), 1000, 1),
+            _figure(None if length is None else model.seconds_to_answer(length), 1),
+            _figure(benchmark.roofline_share(model), 2),
+            _figure(model.energy.joules_per_token if model.energy else None, 2),
         )
     return table
 
 
-def _percentiles(values: Sequence[float], shares: Sequence[float], factor: float) -> str:
-    return " / ".join(f"{factor * percentile(values, share):.2f}" for share in shares) if values else "-"
+def _figure(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _percentiles(values: Sequence[float], shares: Sequence[float], factor: float, digits: int) -> str:
+    return " / ".join(f"{factor * percentile(values, share):.{digits}f}" for share in shares) if values else "-"
 
 
 def _quality_table(quality: Sequence[FileQuality]) -> Table:
-    table = Table("model", "tokens of", "perplexity", "mean KL, nats", "p99 KL", "same likeliest token")
+    table = _table("tokens of", "perplexity", "mean KL, nats", "p99 KL", "same likeliest token")
     for file in quality:
         for name, part in (("all", file.whole), ("reasoning", file.reasoning), ("answer", file.answer)):
             if part is not None:
@@ -99,7 +115,11 @@ def _interval(estimate: Estimate, digits: int) -> str:
 
 
 def _conditions(benchmark: Benchmark) -> str:
-    parts = [benchmark.machine, *filter(None, [benchmark.gpu]), f"{benchmark.threads} threads"]
+    parts = [
+        benchmark.machine,
+        *filter(None, [benchmark.gpu]),
+        f"{benchmark.threads} thread{'s' if benchmark.threads > 1 else ''}",
+    ]
     settings = next((model.llama_cpp for model in benchmark.models if model.llama_cpp), None)
     if settings is not None:
         attention = "on" if settings.flash_attention else "off"

@@ -244,7 +244,9 @@ def _gpu_name() -> str | None:
 def _versions() -> dict[str, str]:
     from export.gguf_model import llama_cpp_build
 
-    installed = {each.metadata["Name"].lower(): each.version for each in importlib.metadata.distributions()}
+    installed = {
+        each.metadata["Name"].lower().replace("_", "-"): each.version for each in importlib.metadata.distributions()
+    }
     return {name: installed[name] for name in _LIBRARIES if name in installed} | {"llama.cpp": llama_cpp_build()}
 
 
