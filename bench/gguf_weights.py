@@ -34,6 +34,9 @@ def weights_of(path: Path) -> GgufWeights:
     """Raises MedcotError for a file that is not a whole GGUF."""
     import gguf
 
+    from export.gguf_model import check_is_gguf
+
+    check_is_gguf(path)
     try:
         tensors = gguf.GGUFReader(path).tensors
     except (ValueError, IndexError, OSError) as error:

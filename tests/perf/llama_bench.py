@@ -81,7 +81,8 @@ def main() -> None:
     differs = False
     print(f"{arguments.model.name}, {arguments.threads} threads, {arguments.rounds} x {arguments.repeats} repeats\n")
     print(
-        "| test | medcot, tokens/s | llama-bench | ratio of means | of medians | of the fastest |\n| --- | ---: | ---: | ---: | ---: | ---: |"
+        "| test | medcot, tokens/s | llama-bench | ratio of means | of medians | of the fastest |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: |"
     )
     for test in rounds["medcot"]:
         own, other = rounds["medcot"][test], rounds["llama-bench"][test]
