@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from pipeline.errors import MedcotError
@@ -30,6 +31,7 @@ def is_model(path: Path) -> bool:
     return kind is None or kind.contents() == gguf.GGUFType.MODEL
 
 
+@cache
 def weights_of(path: Path) -> GgufWeights:
     """Raises MedcotError for a file that is not a whole GGUF."""
     import gguf
