@@ -16,7 +16,8 @@ from typing import Any
 
 import yaml
 
-from bench.page import Page, Run, Section, Table, percent, render
+from bench.page import Page, Section, Table, percent, render
+from bench.run_folder import Run
 from pipeline.base_model import PACKAGE_PREFIX, cache_dir
 from pipeline.config import Config
 from pipeline.results import Verification
@@ -206,7 +207,7 @@ def _training(config: Config, run: Run, page: Page) -> Part:
     text = (
         "The loss is the mean negative log-likelihood of the thought's and answer's tokens (nats); prompts have none."
     )
-    return Part("Training", (text, section.chart_text), tables=(settings, *measured))
+    return Part("Training", (text, *(chart.text for chart in section.charts)), tables=(settings, *measured))
 
 
 def _evaluation(page: Page) -> Part:

@@ -1,4 +1,4 @@
-"""What the report and the model card are made of: a run's measurements, sections and tables, and how figures read."""
+"""What the report and the model card are made of: sections, tables and charts, and how figures read."""
 
 from __future__ import annotations
 
@@ -7,29 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
-from pydantic import BaseModel
 
 from bench.statistics import percentile
-from pipeline.artifacts import Artifact
-from pipeline.errors import MedcotError
-from pipeline.results import (
-    Benchmark,
-    Evaluation,
-    ExportedModels,
-    PreparedData,
-    Sample,
-    TrainedAdapter,
-    Verification,
-)
+from pipeline.results import Sample
 
-STAGES: dict[str, type[BaseModel]] = {
-    "prepare": PreparedData,
-    "train": TrainedAdapter,
-    "export": ExportedModels,
-    "verify": Verification,
-    "evaluate": Evaluation,
-    "bench": Benchmark,
-}
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 Tone = Literal["good", "bad", "neutral"]
 
@@ -53,14 +34,24 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Chart:
+    """An ``<svg>`` element, and the same in words for whoever does not see it."""
+
+    svg: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Section:
+    """``folded`` ones are closed on the page until asked for: what only a doubt makes worth reading."""
+
     title: str
     text: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
-    chart: str | None = None
-    chart_text: str = ""
+    charts: tuple[Chart, ...] = ()
     samples: tuple[Sample, ...] = ()
     code: str | None = None
+    folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,33 +63,6 @@ class Page:
 
     def section(self, title: str) -> Section | None:
         return next((section for section in self.sections if section.title == title), None)
-
-
-class Run:
-    """A run's finished artifacts by stage; ``missing`` gives a sentence for each stage that has none."""
-
-    def __init__(self, inputs: dict[str, Path]) -> None:
-        self.artifacts: dict[str, Artifact[Any]] = {}
-        self.missing: dict[str, str] = {}
-        for stage, result_type in STAGES.items():
-            if stage not in inputs:
-                self.missing[stage] = "not part of this run"
-                continue
-            try:
-                self.artifacts[stage] = Artifact.load(inputs[stage], result_type)
-            except MedcotError as error:
-                exists = inputs[stage].is_dir() and any(inputs[stage].iterdir())
-                self.missing[stage] = f"unfinished or failed: {error}" if exists else "not done yet"
-        self.prepared: PreparedData | None = self._result("prepare")
-        self.trained: TrainedAdapter | None = self._result("train")
-        self.exported: ExportedModels | None = self._result("export")
-        self.verified: Verification | None = self._result("verify")
-        self.evaluated: Evaluation | None = self._result("evaluate")
-        self.benchmarked: Benchmark | None = self._result("bench")
-
-    def _result(self, stage: str) -> Any:
-        artifact = self.artifacts.get(stage)
-        return None if artifact is None else artifact.result
 
 
 def render(template: str, **values: Any) -> str:

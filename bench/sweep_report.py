@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table as ConsoleTable
 
-from bench.page import Line, Page, Section, Table, byte_size, duration, render
+from bench.page import Chart, Line, Page, Section, Table, byte_size, duration, render
 from bench.sweep_charts import (
     compared,
     describe_differences,
@@ -180,15 +180,13 @@ def _differences_section(result: SweepResult) -> Section | None:
         f"{LEAST_RECORDS} records none is looked for. Each experiment was trained once: the intervals tell what other "
         "held-out records could change, not what another seed could.",
     )
-    return Section(
-        title, tuple(left_out), (table,), chart=differences_chart(result), chart_text=describe_differences(result)
-    )
+    return Section(title, tuple(left_out), (table,), (Chart(differences_chart(result), describe_differences(result)),))
 
 
 def _losses_section(result: SweepResult) -> Section | None:
     if not with_curves(result):
         return None
-    return Section("Training loss", chart=loss_chart(result), chart_text=describe_losses(result))
+    return Section("Training loss", charts=(Chart(loss_chart(result), describe_losses(result)),))
 
 
 def _named(row: ExperimentRow, result: SweepResult) -> str:
