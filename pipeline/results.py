@@ -9,6 +9,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipeline.metrics import MetricKey
+
+Verdict = Literal["better", "worse", "higher", "lower", "no difference shown", "too few records"]
+
 
 class Measurement(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -171,27 +175,101 @@ class Estimate(Measurement):
     n: int
 
 
+class CalibrationBin(Measurement):
+    """Multiple-choice records whose likeliest option has a probability above ``low``, up to ``high``."""
+
+    low: float
+    high: float
+    records: int
+    confidence: float | None = Field(description="Mean probability of the likeliest option; None without records.")
+    accuracy: float | None
+
+
 class ModelEvaluation(Measurement):
-    """One model on the held-out records, greedy decoding."""
+    """One model on the held-out records, greedy decoding; ``pipeline/metrics.py`` names the metrics.
+
+    Answers are held against the reference answer, without the thought.
+    """
 
     model: str
     role: Literal["tuned", "base"]
     answer_perplexity: Estimate = Field(description="Token-weighted, given the reference reasoning.")
     reasoning_perplexity: Estimate | None = Field(description="Token-weighted; None without reasoning.")
     well_formed: Estimate = Field(description="Exactly one closed thought, then a non-empty answer.")
-    finished: Estimate = Field(description="The model ended its turn itself.")
+    finished: Estimate = Field(description="The model ended its turn itself: not truncated.")
     mean_new_tokens: float
+    perplexity: Estimate | None = Field(default=None, description="Of reasoning and answer; token-weighted.")
+    rouge_1: Estimate | None = Field(default=None, description="Mean F-measure of single words, 0 to 1.")
+    rouge_2: Estimate | None = Field(default=None, description="Mean F-measure of pairs of words, 0 to 1.")
+    rouge_l: Estimate | None = Field(default=None, description="Mean F-measure of common subsequences, 0 to 1.")
+    bleu_4: Estimate | None = Field(default=None, description="Of all answers together, 0 to 1.")
+    closed_thought: Estimate | None = Field(default=None, description="Exactly one thought, closed.")
+    answered: Estimate | None = Field(default=None, description="Something is written outside of thoughts.")
+    truncated: Estimate | None = Field(default=None, description="The limit of new tokens was reached.")
+    looping: Estimate | None = Field(default=None, description="The output ends in a repeated cycle.")
+    thought_tokens: Estimate | None = Field(default=None, description="Mean over outputs that have a thought.")
+    new_tokens: Estimate | None = Field(default=None, description="Mean over all outputs.")
+    choice_accuracy: Estimate | None = Field(
+        default=None, description="Multiple choice: the right letter is the likeliest after a closed thought."
+    )
+    calibration_error: Estimate | None = Field(default=None, description="Of choice_accuracy, over ``calibration``.")
+    brier_score: Estimate | None = Field(default=None, description="Squared error of all options' probabilities.")
+    generative_accuracy: Estimate | None = Field(
+        default=None, description="Multiple choice: the model's own answer names the right option; none named is wrong."
+    )
+    unextracted: Estimate | None = Field(default=None, description="The model's own answer names no option, or two.")
+    choice_chance: float | None = Field(default=None, description="Accuracy that guessing reaches on these records.")
+    choice_own_thoughts: int | None = Field(
+        default=None, description="Multiple-choice records that were scored after a thought of the model's own."
+    )
+    calibration: list[CalibrationBin] = []
+
+
+class Comparison(Measurement):
+    """A model's metric minus the reference model's on the same ``n`` records, with its 95 % interval.
+
+    Rates: Newcombe's interval and McNemar's exact test, a verdict needs both; else a paired bootstrap over records.
+    """
+
+    model: str
+    reference: str
+    metric: MetricKey
+    n: int
+    difference: float
+    low: float
+    high: float
+    p_value: float | None = Field(default=None, description="McNemar's exact test, two-sided; rates only.")
+    verdict: Verdict
+
+
+class GateOutcome(Measurement):
+    """One condition of ``evaluation.gates`` and the sentence that says what was found."""
+
+    model: str
+    metric: MetricKey
+    condition: str
+    passed: bool
+    detail: str
 
 
 class Sample(Measurement):
+    """``kind`` is reference for the questions that every evaluation asks; ``heading`` is empty for held-out records."""
+
     question: str
     reference: str
     outputs: dict[str, str] = Field(description="Model file name -> raw output.")
+    kind: Literal["held-out", "reference"] = "held-out"
+    heading: str = ""
 
 
 class Evaluation(Measurement):
+    """``comparisons`` are of every tuned model with the base."""
+
     models: list[ModelEvaluation]
     samples: list[Sample]
+    comparisons: list[Comparison] = []
+    gates: list[GateOutcome] = []
+    bleu_signature: str | None = Field(default=None, description="How BLEU-4 was computed, as sacrebleu writes it.")
 
 
 class Speed(Measurement):
