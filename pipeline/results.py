@@ -5,6 +5,7 @@ Units are in the names (seconds, bytes, tokens per second); a rate or a share is
 
 from __future__ import annotations
 
+import statistics
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -272,26 +273,166 @@ class Evaluation(Measurement):
     bleu_signature: str | None = Field(default=None, description="How BLEU-4 was computed, as sacrebleu writes it.")
 
 
+class SpeedTest(Measurement):
+    """llama-bench's pp (``prompt``: all tokens together) or tg (``generation``: one by one), one value per repeat.
+
+    ``depth`` tokens are in the context beforehand and not timed; sampling is excluded.
+    """
+
+    kind: Literal["prompt", "generation"]
+    tokens: int
+    depth: int
+    tokens_per_second: list[float]
+
+    @property
+    def name(self) -> str:
+        """As llama-bench prints it: ``pp512``, ``tg128 @ d4096``."""
+        short = f"{'pp' if self.kind == 'prompt' else 'tg'}{self.tokens}"
+        return f"{short} @ d{self.depth}" if self.depth else short
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.tokens_per_second)
+
+    @property
+    def standard_deviation(self) -> float:
+        """Of the sample (n - 1), as llama-bench has it; 0 for one repeat."""
+        return statistics.stdev(self.tokens_per_second) if len(self.tokens_per_second) > 1 else 0.0
+
+
+class LlamaCppSettings(Measurement):
+    """How llama.cpp was asked to run."""
+
+    context_tokens: int
+    flash_attention: bool
+    kv_type: str = Field(description="ggml type of cached keys and values.")
+    gpu_layers: int = Field(description="Layers asked to be on the GPU; -1 all of them.")
+
+
+class AnswerLength(Measurement):
+    """Tokens of a thought and of an answer, and where the figures come from."""
+
+    thought_tokens: float
+    answer_tokens: float
+    source: str
+
+
+class Energy(Measurement):
+    """Joules per generated token, or None with the reason."""
+
+    joules_per_token: float | None
+    source: str = Field(description="What was read, or why nothing could be.")
+
+
 class Speed(Measurement):
-    """One model on this machine; every list holds one value per repeat."""
+    """One model on this machine; every list holds one value per repeat (inter-token latencies: per token)."""
 
     model: str
     engine: Literal["llama.cpp", "transformers"]
     weights: str = Field(description="ggml type or dtype.")
     file_bytes: int | None
-    load_seconds: float
+    load_seconds: float = Field(description="The file being in the page cache; importing the library excluded.")
     prompt_tokens: int
     prompt_tokens_per_second: list[float]
     generated_tokens: int
     generated_tokens_per_second: list[float]
     time_to_first_token_seconds: list[float]
-    peak_memory_bytes: int
+    peak_memory_bytes: int = Field(description="Largest resident set of the process, mapped weights included.")
+    bits_per_weight: float | None = Field(default=None, description="Of the file's tensors.")
+    cold_load_seconds: float | None = Field(default=None, description="After the file was dropped from the page cache.")
+    cold_load_note: str | None = Field(default=None, description="Why a cold load is missing or not quite cold.")
+    deeper: list[SpeedTest] = Field(default=[], description="The same tests with tokens in the context already.")
+    inter_token_seconds: list[float] = Field(
+        default=[], description="Between one token and the next of real answers, sampled as the chat does."
+    )
+    peak_gpu_bytes: int | None = Field(default=None, description="None without a GPU.")
+    threads: int | None = None
+    llama_cpp: LlamaCppSettings | None = None
+    bytes_per_token: int | None = Field(
+        default=None, description="Weights read for one generated token: all but an untied embedding."
+    )
+    energy: Energy | None = None
+    notes: list[str] = []
+
+    @property
+    def tests(self) -> list[SpeedTest]:
+        """All speed tests, those with an empty context first."""
+        prompt = SpeedTest(
+            kind="prompt", tokens=self.prompt_tokens, depth=0, tokens_per_second=self.prompt_tokens_per_second
+        )
+        generation = SpeedTest(
+            kind="generation",
+            tokens=self.generated_tokens,
+            depth=0,
+            tokens_per_second=self.generated_tokens_per_second,
+        )
+        return [prompt, generation, *self.deeper]
+
+    def seconds_to_answer(self, length: AnswerLength) -> float:
+        """What a person waits: time to first token + thought / speed + answer / speed."""
+        first = statistics.median(self.time_to_first_token_seconds)
+        pace = statistics.fmean(self.generated_tokens_per_second)
+        return first + (length.thought_tokens + length.answer_tokens) / pace
+
+    def roofline_share(self, bytes_per_second: float) -> float | None:
+        """Bytes of weights read each second over what the memory delivers; above 1 where a cache holds them."""
+        if self.bytes_per_token is None:
+            return None
+        return statistics.fmean(self.generated_tokens_per_second) * self.bytes_per_token / bytes_per_second
+
+
+class TokenDivergence(Measurement):
+    """One file's next-token predictions against the most exact file's, over one kind of token."""
+
+    tokens: int
+    perplexity: Estimate
+    mean_kl: Estimate = Field(description="Kullback-Leibler divergence, nats a token.")
+    p99_kl: float
+    top1_agreement: Estimate = Field(description="Both files find the same token likeliest.")
+
+
+class FileQuality(Measurement):
+    """One quantization on held-out text; of the reference itself the divergence is 0."""
+
+    model: str
+    reference: str
+    records: int
+    whole: TokenDivergence
+    reasoning: TokenDivergence | None
+    answer: TokenDivergence
+
+
+class Recommendation(Measurement):
+    """The smallest file inside the budgets; ``model`` None where there is none."""
+
+    model: str | None
+    reason: str
+
+
+class MemoryBandwidth(Measurement):
+    """A streaming read of an array far larger than the caches, one value per repeat."""
+
+    threads: int
+    array_bytes: int
+    bytes_per_second: list[float]
+
+    @property
+    def best(self) -> float:
+        """The fastest repeat: disturbances only ever slow a read down."""
+        return max(self.bytes_per_second)
 
 
 class Benchmark(Measurement):
     machine: str
     threads: int
     models: list[Speed]
+    gpu: str | None = None
+    versions: dict[str, str] = Field(default={}, description="Libraries, llama.cpp's commit among them.")
+    bandwidth: MemoryBandwidth | None = None
+    answer_length: AnswerLength | None = None
+    quality: list[FileQuality] = Field(default=[], description="The reference first.")
+    quality_note: str | None = Field(default=None, description="Why there is no quality, or what to know of it.")
+    recommendation: Recommendation | None = None
 
 
 class Report(Measurement):
