@@ -7,7 +7,7 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 # Stand-ins that become CSS colours, so that one drawing serves the light and the dark page.
 INK, ACCENT, SECOND, SOFT = "#010101", "#020202", "#030303", "#040404"
@@ -15,7 +15,7 @@ _CSS_COLOURS = {INK: "currentColor", ACCENT: "var(--accent)", SECOND: "var(--sec
 
 
 @contextmanager
-def drawing(columns: int, size: tuple[float, float]) -> Iterator[tuple[Any, list[Any]]]:
+def drawing(columns: int, size: tuple[float, float], grid: Literal["x", "y"] = "y") -> Iterator[tuple[Any, list[Any]]]:
     """A figure of ``columns`` panels in the page's style, closed afterwards; ``size`` in inches."""
     import matplotlib
 
@@ -38,7 +38,7 @@ def drawing(columns: int, size: tuple[float, float]) -> Iterator[tuple[Any, list
         panels = list(axes[0])
         for panel in panels:
             panel.spines[["top", "right"]].set_visible(False)
-            panel.grid(axis="y", color=INK, alpha=0.15, linewidth=0.6)
+            panel.grid(axis=grid, color=INK, alpha=0.15, linewidth=0.6)
             panel.set_axisbelow(True)
         try:
             yield figure, panels

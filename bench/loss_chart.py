@@ -1,16 +1,18 @@
-"""The loss curve of a training, with published runs beside it."""
+"""The loss curve of a training, with published runs beside it, and those of several trainings."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 
-from bench.charts import ACCENT, SECOND, SOFT, as_svg, drawing
+from bench.charts import ACCENT, SECOND, SOFT, as_svg, drawing, whole_ticks
 from pipeline.config import ReferenceRun
 from pipeline.results import LossPoint, TrainedAdapter
 
 # Published runs share a colour; these tell them apart, without colour too.
 _REFERENCE_STYLES = ({"linestyle": "--", "marker": "s"}, {"linestyle": ":", "marker": "^"}, {"linestyle": "-."})
+MOST_CURVES = 8  # more cannot be told apart
+_DASHES = ("solid", "dashed", "dotted", "dashdot")
 _LEGEND_COLUMN = 34  # characters that fit when two entries stand side by side
 
 
@@ -84,3 +86,35 @@ def loss_curve(trained: TrainedAdapter, references: Sequence[ReferenceRun] = ())
         # Below the axes, where it can lie over no curve.
         figure.legend(loc="outside lower center", ncols=2 if side_by_side else 1, frameon=False, fontsize=10)
         return as_svg(figure, "loss", "Loss by optimizer step", describe_loss(trained, references))
+
+
+def describe_losses(curves: Mapping[str, Sequence[LossPoint]]) -> str:
+    """Several runs' training losses in words."""
+    ends = [f"{name} {points[0].loss:.2f} to {points[-1].loss:.2f}" for name, points in _drawn(curves)]
+    left_out = len([points for points in curves.values() if points]) - len(ends)
+    more = f"; {left_out} more are not drawn" if left_out else ""
+    return f"Training loss as logged, first to last: {', '.join(ends)}{more}."
+
+
+def loss_curves(curves: Mapping[str, Sequence[LossPoint]], main: str) -> str:
+    """Training loss by step, a line for each run and the ``main`` one thicker, as an ``<svg>`` element."""
+    with drawing(1, (6.4, 3.6)) as (figure, (axes,)):
+        for index, (name, points) in enumerate(_drawn(curves)):
+            axes.plot(
+                [point.step for point in points],
+                [point.loss for point in points],
+                color=ACCENT if index < len(_DASHES) else SECOND,
+                linestyle=_DASHES[index % len(_DASHES)],
+                linewidth=2.2 if name == main else 1.4,
+                # A leading underscore would hide the entry, and dollars hold a formula.
+                label=name.replace("$", r"\$").lstrip("_"),
+            )
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("loss (nats per token)")
+        axes.xaxis.set_major_locator(whole_ticks(8))
+        figure.legend(loc="outside lower center", ncols=1, frameon=False, fontsize=10)
+        return as_svg(figure, "losses", "Training loss by optimizer step", describe_losses(curves))
+
+
+def _drawn(curves: Mapping[str, Sequence[LossPoint]]) -> list[tuple[str, Sequence[LossPoint]]]:
+    return [(name, points) for name, points in curves.items() if points][:MOST_CURVES]

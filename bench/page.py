@@ -11,6 +11,8 @@ import jinja2
 from bench.statistics import percentile
 from pipeline.results import Sample
 
+# Cells that a reader must not miss: they are in red.
+_FAILURES = frozenset({"FAILED", "failed", "gate failed", "damaged"})
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 Tone = Literal["good", "bad", "neutral"]
 
@@ -31,6 +33,7 @@ class Table:
     align: str
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+    caption: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ def render(template: str, **values: Any) -> str:
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
     )
+    environment.globals["failures"] = _FAILURES
     environment.filters["cell"] = _markdown_cell
     environment.filters["fenced"] = _fenced
     return environment.get_template(template).render(**values)

@@ -32,11 +32,14 @@ STAGES: dict[str, type[BaseModel]] = {name: stage_named(name).result for name in
 _WRITTEN_BEFORE_THE_GATE = {"verify": VERIFICATION_NAME, "evaluate": "evaluation.json"}
 
 
+StateName = Literal["done", "gate failed", "failed", "unfinished", "outdated", "damaged", "not run"]
+
+
 @dataclass(frozen=True)
 class StageState:
     """``reason`` is a sentence without its full stop, empty where a stage is done."""
 
-    name: Literal["done", "gate failed", "failed", "unfinished", "outdated", "damaged", "not run"]
+    name: StateName
     reason: str = ""
 
     @property

@@ -7,15 +7,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table as ConsoleTable
 
+from bench.loss_chart import describe_losses, loss_curves
 from bench.page import Chart, Line, Page, Section, Table, byte_size, duration, render
-from bench.sweep_charts import (
-    compared,
-    describe_differences,
-    describe_losses,
-    differences_chart,
-    loss_chart,
-    with_curves,
-)
+from bench.sweep_charts import compared, describe_differences, differences_chart, loss_points
 from bench.sweep_comparison import LEAST_RECORDS, MEASURES, Difference, Measure
 from bench.sweep_result import ExperimentRow, SweepResult
 from pipeline.artifacts import write_json, write_text
@@ -184,9 +178,10 @@ def _differences_section(result: SweepResult) -> Section | None:
 
 
 def _losses_section(result: SweepResult) -> Section | None:
-    if not with_curves(result):
+    curves = loss_points(result)
+    if not curves:
         return None
-    return Section("Training loss", charts=(Chart(loss_chart(result), describe_losses(result)),))
+    return Section("Training loss", charts=(Chart(loss_curves(curves, result.primary), describe_losses(curves)),))
 
 
 def _named(row: ExperimentRow, result: SweepResult) -> str:
