@@ -7,7 +7,6 @@ word that came next, so it decides between two quantizations on far less text.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -95,5 +94,4 @@ def summarize(records: Sequence[Divergence]) -> Summary:
 
 def mean_per_token(sums: Sequence[float], tokens: Sequence[int]) -> Estimate:
     """Token-weighted mean over records; of paired differences too, where a sum may be negative."""
-    ratio = statistics.perplexity(sums, tokens)  # exp of what is wanted, with its interval
-    return Estimate(value=math.log(ratio.value), low=math.log(ratio.low), high=math.log(ratio.high), n=ratio.n)
+    return statistics.bootstrap(statistics.ratio, np.column_stack([sums, tokens]).astype(np.float64))

@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from export.verify_logits import log_softmax
 from pipeline.adapter_recipe import check_template, read_recipe
 from pipeline.errors import MedcotError
 from pipeline.hardware import usable_cores
@@ -29,6 +30,7 @@ from pipeline.vocabulary import TransformersVocabulary
 
 EngineName = Literal["llama.cpp", "transformers"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,9 @@ class Engine(Protocol):
     def token_log_probabilities(self, ids: Sequence[int]) -> npt.NDArray[np.float64]:
         """``log p(ids[i + 1] | ids[: i + 1])`` for each i: one value fewer than there are ids."""
 
+    def next_log_probabilities(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """``log p(token | ids)`` for every token of the vocabulary."""
+
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
         """Greedy continuation without the end of turn; shorter than the limit where the model ended it."""
 
@@ -87,8 +92,8 @@ def open_engine(path: Path, settings: Settings) -> Engine:
     """A GGUF under llama.cpp; a model's folder, or an adapter's that names its base, under transformers."""
     if not path.is_dir():
         return LlamaCppEngine(path, settings)
-    if (path / "adapter_config.json").is_file():
-        return TransformersEngine(_base_of_adapter(path), path, settings)
+    if (path / ADAPTER_CONFIG).is_file():
+        return TransformersEngine(base_of_adapter(path), path, settings)
     if (path / "config.json").is_file():
         return TransformersEngine(path, None, settings)
     raise MedcotError(f"{path} is no model: name a GGUF, a folder with config.json or one with adapter_config.json.")
@@ -112,6 +117,13 @@ def target_log_probabilities(blocks: Iterable[npt.NDArray[np.float32]], ids: Seq
             result[start : start + len(used)] = (own - largest[:, 0]).astype(np.float64) - np.log(total)
         start += len(block)
     return result
+
+
+def _last_log_probabilities(blocks: Iterable[npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
+    """Of the last position. A block must not be kept: llama.cpp writes the next one over it, and frees the last."""
+    for block in blocks:
+        last = block[-1:].copy()
+    return log_softmax(last)[0]
 
 
 class LlamaCppEngine:
@@ -139,6 +151,9 @@ class LlamaCppEngine:
 
     def token_log_probabilities(self, ids: Sequence[int]) -> npt.NDArray[np.float64]:
         return target_log_probabilities(self._model.logits(ids), ids)
+
+    def next_log_probabilities(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        return _last_log_probabilities(self._model.logits(ids))
 
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
         return list(self._model.generate(ids, max_new_tokens))
@@ -228,15 +243,18 @@ class TransformersEngine:
         return ChatFormat(template, TransformersVocabulary(self._tokenizer), self._system)
 
     def token_log_probabilities(self, ids: Sequence[int]) -> npt.NDArray[np.float64]:
-        return target_log_probabilities(self._logits(ids), ids)
+        return target_log_probabilities(self._logits(ids[:-1]), ids)
+
+    def next_log_probabilities(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        return _last_log_probabilities(self._logits(ids))
 
     def _logits(self, ids: Sequence[int], block: int = 64) -> Iterator[npt.NDArray[np.float32]]:
-        """Next-token logits of all ids but the last, a block of positions at a time."""
+        """Next-token logits at every position of ids, a block of positions at a time."""
         torch = self._torch
         with torch.inference_mode():
             past = None
-            for start in range(0, len(ids) - 1, block):
-                part = self._tensor(ids[start : min(start + block, len(ids) - 1)])
+            for start in range(0, len(ids), block):
+                part = self._tensor(ids[start : start + block])
                 output = self._model(part, past_key_values=past, use_cache=True)
                 past = output.past_key_values
                 yield output.logits[0].float().cpu().numpy()
@@ -316,13 +334,14 @@ def _gguf_weights(metadata: dict[str, str]) -> str:
         return "unknown"
 
 
-def _base_of_adapter(adapter: Path) -> Path:
+def base_of_adapter(adapter: Path) -> Path:
+    """Folder of the base model that an adapter's folder names; raises MedcotError."""
     from pipeline.base_model import local_base
 
     try:
-        base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
-        raise MedcotError(f"{adapter / 'adapter_config.json'} does not name its base model.") from error
+        raise MedcotError(f"{adapter / ADAPTER_CONFIG} does not name its base model.") from error
     return local_base(base, None)
 
 

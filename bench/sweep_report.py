@@ -9,8 +9,9 @@ from rich.table import Table as ConsoleTable
 
 from bench.loss_chart import describe_losses, loss_curves
 from bench.page import Chart, Line, Page, Section, Table, byte_size, duration, render
+from bench.statistics import LEAST_RECORDS
 from bench.sweep_charts import compared, describe_differences, differences_chart, loss_points
-from bench.sweep_comparison import LEAST_RECORDS, MEASURES, Difference, Measure
+from bench.sweep_comparison import MEASURES, Difference, Measure
 from bench.sweep_result import ExperimentRow, SweepResult
 from pipeline.artifacts import write_json, write_text
 from pipeline.sweep_file import RESULT_STEM

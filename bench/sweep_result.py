@@ -8,19 +8,19 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from bench.evaluate import RecordOutcome, record_keys, stage_settings
-from bench.sweep_comparison import JOINT_ERROR, MEASURES, Difference, MeasureKey, ScoredRecord, compare, measured, total
+from bench.evaluate import stage_records, stage_settings
+from bench.record_outcome import RecordOutcome, record_keys, records_path
+from bench.statistics import total
+from bench.sweep_comparison import JOINT_ERROR, MEASURES, Difference, MeasureKey, ScoredRecord, compare, measured
 from bench.text_metrics import bleu_signature
 from pipeline.artifacts import Artifact
-from pipeline.chat_template import ChatTemplate
 from pipeline.config import Config
 from pipeline.errors import MedcotError
-from pipeline.prepare import EVAL_FILE, load_examples
+from pipeline.prepare import EVAL_FILE
 from pipeline.results import Evaluation, ExportedModels, LossPoint, Measurement, PreparedData, TrainedAdapter
 from pipeline.run import stage_named
 from pipeline.sweep import ExperimentOutcome
 from pipeline.sweep_file import Sweep
-from pipeline.thought import parse_output
 
 _LAST_SHARE = 10  # the training loss is the mean of the last tenth of what was logged: one step's says little
 
@@ -84,7 +84,7 @@ class _Finished:
         self.exported = load("export", ExportedModels)
         evaluated = load("evaluate", Evaluation)
         shipped = self.exported.path / self.exported.result.ship
-        self.records = _scored_records(config, self.prepared.path, self.trained.path, shipped, evaluated.path)
+        self.records = _scored_records(config, self.prepared.path, shipped, evaluated.path)
         self.parts = {measure.key: measured(measure, self.records) for measure in MEASURES}
         held_out = next(record for record in self.prepared.manifest.files if record.path == EVAL_FILE)
         # Records that are paired must be the same: their content, and how many of them.
@@ -94,7 +94,7 @@ class _Finished:
     def figures(self, effective_batch: int) -> Figures:
         trained: TrainedAdapter = self.trained.result
         last = [point.loss for point in trained.train_loss[-max(1, len(trained.train_loss) // _LAST_SHARE) :]]
-        totals = {measure.key: total(measure, self.parts[measure.key]) for measure in MEASURES}
+        totals = {measure.key: total(measure.value, self.parts[measure.key]) for measure in MEASURES}
         return Figures(
             steps=trained.steps,
             epochs=trained.steps * effective_batch / self.prepared.result.train_rows,
@@ -187,24 +187,23 @@ def _best(rows: Sequence[ExperimentRow], comparable: Sequence[str]) -> dict[Meas
     return best
 
 
-def _scored_records(config: Config, data: Path, adapter: Path, model: Path, evaluation: Path) -> list[ScoredRecord]:
+def _scored_records(config: Config, data: Path, model: Path, evaluation: Path) -> list[ScoredRecord]:
     """The evaluated records in order, with the answer that follows the thought."""
-    examples = load_examples(data / EVAL_FILE)[: config.evaluation.rows]
-    path = evaluation / f"records-{model.name}.jsonl"
+    records = stage_records(config, data)
+    path = records_path(evaluation, model)
     try:
         outcomes = {
             outcome.key: outcome for outcome in map(RecordOutcome.model_validate_json, path.read_bytes().splitlines())
         }
-        ordered = [outcomes[key] for key in record_keys(model, examples, stage_settings(config))]
+        ordered = [outcomes[key] for key in record_keys(model, records, stage_settings(config))]
     except (ValidationError, KeyError, OSError) as error:
         raise MedcotError(f"{path} does not hold the evaluated records: delete {evaluation} and run again.") from error
-    opens_thought = ChatTemplate((adapter / "chat_template.jinja").read_text(encoding="utf-8"), "", "").opens_thought
     return [
         ScoredRecord(
             nll=outcome.reasoning_nll + outcome.answer_nll,
             tokens=outcome.reasoning_tokens + outcome.answer_tokens,
-            answer=parse_output(outcome.output, opens_thought).answer,
-            reference=example.answer,
+            answer=outcome.answer,
+            reference=record.example.answer,
         )
-        for outcome, example in zip(ordered, examples, strict=True)
+        for outcome, record in zip(ordered, records, strict=True)
     ]

@@ -306,22 +306,55 @@ def verify(gguf: Path, base: str, adapter: Path | None, as_json: bool) -> None:
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="JSONL with Question, Response, ...")
 @click.option("--rows", type=click.IntRange(min=1), default=24, show_default=True)
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=1024, show_default=True)
+@click.option(
+    "--choice-rows", type=click.IntRange(min=0), help="Of those with options, how many to ask as multiple choice [all]."
+)
+@click.option(
+    "--gate", "gates", multiple=True, metavar="METRIC=CONDITION",
+    help="Exit 3 unless the metric is better, not worse (than the base), or within '>= NUMBER'; may be repeated.",
+)  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the records, to go on after a break.")
 @json_option
 def evaluate(
-    models: tuple[Path, ...], data: Path, rows: int, max_new_tokens: int, out: Path | None, as_json: bool
+    models: tuple[Path, ...],
+    data: Path,
+    rows: int,
+    max_new_tokens: int,
+    choice_rows: int | None,
+    gates: tuple[str, ...],
+    out: Path | None,
+    as_json: bool,
 ) -> None:
-    """Measure GGUFs on held-out records: perplexity, and how many answers have the thought/answer form.
+    """Measure models on held-out records: perplexity, wording, form of the answers, multiple choice.
 
+    MODELS are GGUFs, models' folders or adapters' folders. The first of several is what the others are compared with.
+
+    \b
     Example: medcot evaluate base-Q4_K_M.gguf tuned-Q4_K_M.gguf --data held_out.jsonl
+             medcot evaluate F16.gguf Q4_K_M.gguf --data held_out.jsonl --gate 'answer_perplexity=not worse'
     """
-    from bench.evaluate import evaluate_files, print_evaluation
+    from pipeline.gates import parse_gate, split_gate
 
-    result = evaluate_files(models, data, rows=rows, max_new_tokens=max_new_tokens, out_dir=out)
+    wanted = []
+    for gate in gates:
+        try:
+            wanted.append(parse_gate(*split_gate(gate)))
+        except ValueError as error:
+            raise MedcotError(f"--gate {gate!r}: {error}.") from error
+        if wanted[-1].needs_reference and len(models) < 2:
+            raise MedcotError(f"--gate {gate!r} compares two models: name the one to compare with first.")
+    from bench.evaluate import evaluate_files
+    from bench.evaluation_display import print_evaluation
+    from bench.gates import raise_if_failed
+
+    result = evaluate_files(
+        models, data, rows=rows, max_new_tokens=max_new_tokens, choice_rows=choice_rows, gates=wanted, out_dir=out
+    )
     if as_json:
         _print_json(result.model_dump(mode="json"))
     else:
         print_evaluation(result)
+    raise_if_failed(result)
 
 
 @cli.command()

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import MedcotError
+from pipeline.gates import Gate, parse_gate
 
 PRESETS_DIR = Path(__file__).resolve().parent.parent / "configs"
 DEFAULT_PRESET = "smollm2-cpu"
@@ -200,6 +201,25 @@ class VerifyConfig(Section):
 class EvaluationConfig(Section):
     rows: int = Field(24, ge=1, description="Held-out records to answer.")
     max_new_tokens: int = Field(1024, ge=1)
+    choice_rows: int | None = Field(
+        None, ge=0, description="Of those with options, how many to ask as multiple choice too; null: all."
+    )
+    gates: dict[str, str] = Field(
+        {},
+        description="Metric -> better, not worse (than the base), '>= NUMBER' or '<= NUMBER'; a run whose evaluation "
+        "misses one ends with exit status 3.",
+    )
+
+    @field_validator("gates")
+    @classmethod
+    def _gates_can_be_checked(cls, gates: dict[str, str]) -> dict[str, str]:
+        for name, condition in gates.items():
+            parse_gate(name, condition)
+        return gates
+
+    @property
+    def parsed_gates(self) -> list[Gate]:
+        return [parse_gate(name, condition) for name, condition in self.gates.items()]
 
 
 class BenchConfig(Section):
@@ -239,6 +259,15 @@ class Config(Section):
     evaluation: EvaluationConfig = Field(default_factory=lambda: EvaluationConfig.model_validate({}))
     bench: BenchConfig = Field(default_factory=lambda: BenchConfig.model_validate({}))
     report: ReportConfig = Field(default_factory=lambda: ReportConfig.model_validate({}))
+
+    @model_validator(mode="after")
+    def _gates_have_a_base(self) -> Config:
+        relative = [gate.metric.key for gate in self.evaluation.parsed_gates if gate.needs_reference]
+        if relative and not self.export.include_base:
+            raise ValueError(
+                f"evaluation.gates compares {relative[0]} with the base's, which export.include_base=false leaves out"
+            )
+        return self
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

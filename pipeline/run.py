@@ -128,7 +128,7 @@ STAGES = (
         folder="eval",
         inputs=("prepare", "export"),
         settings=("seed", "evaluation", "prompt"),
-        packages=("llama-cpp-python",),
+        packages=("llama-cpp-python", "rouge-score", "sacrebleu"),
         result=results.Evaluation,
     ),
     Stage(

@@ -13,19 +13,26 @@ Part = Literal["thought", "answer"]
 
 @dataclass(frozen=True)
 class ParsedOutput:
-    """A whole output: ``thought`` is None where there was none; ``closed`` says that the thought ended."""
+    """A whole output: ``thought`` is None where there was none; ``closed`` says that the thought ended.
+
+    ``one_thought``: exactly one, opened at the start, closed once, with something in it.
+    """
 
     thought: str | None
     answer: str
     closed: bool
-    well_formed: bool
+    one_thought: bool
+
+    @property
+    def well_formed(self) -> bool:
+        """One thought and an answer behind it that is not empty."""
+        return self.one_thought and bool(self.answer)
 
 
 def parse_output(text: str, opens_thought: bool) -> ParsedOutput:
     """Split an output into thought and answer.
 
-    ``opens_thought`` is true where the prompt already ended with ``<think>`` (R1). Well-formed means exactly
-    one thought, opened at the start, closed once, with something in it, and a non-empty answer behind it.
+    ``opens_thought`` is true where the prompt already ended with ``<think>`` (R1).
 
     The parts equal what ThoughtParser streams, but for one case: where the opening tag is missing, a stream
     learns only at the closing tag that it was inside a thought; here that thought is a thought.
@@ -38,17 +45,12 @@ def parse_output(text: str, opens_thought: bool) -> ParsedOutput:
     for part, piece in (*parser.feed(whole), *parser.finish()):
         parts[part] += piece
     has_thought = opened + closings > 0
-    well_formed = (
-        opened == closings == 1
-        and whole.lstrip().startswith(THINK_OPEN)
-        and bool(parts["thought"])
-        and bool(parts["answer"])
-    )
+    one_thought = opened == closings == 1 and whole.lstrip().startswith(THINK_OPEN) and bool(parts["thought"])
     return ParsedOutput(
         thought=parts["thought"] if has_thought else None,
         answer=parts["answer"],
         closed=has_thought and parser.part == "answer",
-        well_formed=well_formed,
+        one_thought=one_thought,
     )
 
 

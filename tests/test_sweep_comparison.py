@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from bench.sweep_comparison import LEAST_RECORDS, MEASURES, ScoredRecord, compare, measured, total
+from bench.statistics import LEAST_RECORDS, total
+from bench.sweep_comparison import MEASURES, ScoredRecord, compare, measured
 
 LOSS, ROUGE, BLEU = MEASURES
 
@@ -16,9 +17,9 @@ def losses(values: np.ndarray) -> np.ndarray:
 def test_a_measure_over_records_is_weighted_by_its_parts() -> None:
     records = [ScoredRecord(10.0, 5, "the cat is here now", "the cat is here now")]
     records += [ScoredRecord(2.0, 10, "a dog", "no cat")]
-    assert total(LOSS, measured(LOSS, records)) == pytest.approx(12 / 15)
-    assert total(ROUGE, measured(ROUGE, records)) == pytest.approx(0.5)
-    assert 0 < total(BLEU, measured(BLEU, records)) < 1
+    assert total(LOSS.value, measured(LOSS, records)) == pytest.approx(12 / 15)
+    assert total(ROUGE.value, measured(ROUGE, records)) == pytest.approx(0.5)
+    assert 0 < total(BLEU.value, measured(BLEU, records)) < 1
 
 
 def test_the_same_answers_show_no_difference() -> None:

@@ -27,7 +27,7 @@ OUTPUTS = {
     ),
     "answer first": ("So. <think>Why?", False, ParsedOutput("Why?", "So.", False, False)),
     "empty thought": ("<think>\n\n</think>So.", False, ParsedOutput("", "So.", True, False)),
-    "empty answer": ("<think>Why?</think>\n", False, ParsedOutput("Why?", "", True, False)),
+    "empty answer": ("<think>Why?</think>\n", False, ParsedOutput("Why?", "", True, True)),
     "nothing": ("", False, ParsedOutput(None, "", False, False)),
     "nothing in a thought": ("", True, ParsedOutput("", "", False, False)),
     "not quite tags": ("x < y </thin> <th", False, ParsedOutput(None, "x < y </thin> <th", False, False)),

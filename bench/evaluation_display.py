@@ -1,0 +1,52 @@
+"""An evaluation on the terminal: a row a metric, a column a model, and what the comparison with the base shows."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.metrics import METRICS, Metric
+from pipeline.results import Comparison, Estimate, Evaluation
+
+
+def print_evaluation(evaluation: Evaluation) -> None:
+    """On standard output, 95 % intervals in brackets; failed gates are named by the error that follows."""
+    compared = {(each.model, each.metric): each for each in evaluation.comparisons}
+    table = Table("metric")
+    for model in evaluation.models:
+        table.add_column(model.model, justify="right", overflow="fold")
+        if model.role == "tuned" and evaluation.comparisons:
+            table.add_column("against the base")
+    for metric in METRICS:
+        estimates: list[Estimate | None] = [getattr(model, metric.key) for model in evaluation.models]
+        if not any(estimates):
+            continue
+        cells = [metric.name]
+        for model, estimate in zip(evaluation.models, estimates, strict=True):
+            cells.append("-" if estimate is None else _estimate(metric, estimate))
+            if model.role == "tuned" and evaluation.comparisons:
+                cells.append(_comparison(compared.get((model.model, metric.key))))
+        table.add_row(*cells)
+    console = Console()
+    console.print(table)
+    for model in evaluation.models:
+        if model.choice_chance is not None:
+            console.print(f"{model.model}: guessing reaches {model.choice_chance:.0%} of the multiple choice.")
+    for gate in evaluation.gates:
+        console.print(f"{'ok    ' if gate.passed else 'FAILED'}  {gate.detail}", markup=False)
+
+
+def _estimate(metric: Metric, estimate: Estimate) -> str:
+    numbers = (estimate.value, estimate.low, estimate.high)
+    if metric.kind == "rate":
+        value, low, high = (f"{100 * number:.0f} %" for number in numbers)
+    else:
+        digits = {"perplexity": 2, "score": 3, "tokens": 0}[metric.kind]
+        value, low, high = (f"{number:.{digits}f}" for number in numbers)
+    return f"{value} ({low} to {high}), n={estimate.n}"
+
+
+def _comparison(comparison: Comparison | None) -> str:
+    if comparison is None:
+        return "-"
+    return comparison.verdict if comparison.p_value is None else f"{comparison.verdict} (p={comparison.p_value:.2g})"
