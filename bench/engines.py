@@ -4,15 +4,15 @@
         ids = engine.chat_format.question_ids("What is the capital of France?")
         print(engine.text(engine.generate(ids, 64)))
 
-Each engine also times the three things a person waits for (``*_seconds``), since what must not be cached or
-computed for them differs between the two.
+Each engine also times what a person waits for (``*_seconds``, ``answer_times``), since what must not be cached or
+computed for it differs between the two.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from export.verify_logits import log_softmax
 from pipeline.adapter_recipe import check_template, read_recipe
+from pipeline.config import KvType
 from pipeline.errors import MedcotError
 from pipeline.hardware import usable_cores
 from pipeline.prompts import ChatFormat
@@ -31,6 +32,8 @@ from pipeline.vocabulary import TransformersVocabulary
 EngineName = Literal["llama.cpp", "transformers"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 ADAPTER_CONFIG = "adapter_config.json"
+# The chat's defaults (chat/session.py), which are DeepSeek's recommendation for R1 and its distillations.
+TEMPERATURE, TOP_P = 0.6, 0.95
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,9 @@ class Settings:
     dtype: Dtype = "auto"
     load_in_4bit: bool = False
     revision: str | None = None
+    flash_attention: bool = False
+    kv_type: KvType = "f16"
+    gpu_layers: int = 0
 
     @property
     def thread_count(self) -> int:
@@ -56,6 +62,7 @@ class Engine(Protocol):
     weights: str
     file_bytes: int
     vocabulary_size: int
+    on_gpu: bool
 
     @property
     def chat_format(self) -> ChatFormat: ...
@@ -75,11 +82,18 @@ class Engine(Protocol):
     def text(self, ids: Sequence[int]) -> str:
         """Ids as text, control tokens spelled out."""
 
-    def prompt_seconds(self, ids: Sequence[int]) -> float:
-        """Time to evaluate a prompt that shares nothing with earlier ones, up to the first next token."""
+    def prompt_seconds(self, ids: Sequence[int], repeats: int, before: Sequence[int] = ()) -> list[float]:
+        """Times to evaluate ids together, ``before`` being in the context already: llama-bench's pp."""
 
-    def decode_seconds(self, ids: Sequence[int]) -> float:
-        """Time to evaluate ids one by one from an empty context, as generation does, without sampling."""
+    def decode_seconds(self, ids: Sequence[int], repeats: int, before: Sequence[int] = ()) -> list[float]:
+        """The same one by one, as generation does, without sampling: llama-bench's tg."""
+
+    def answer_times(self, prompt: Sequence[int], max_new_tokens: int, seed: int) -> list[float]:
+        """Seconds from a new prompt to each token of an answer, sampled as the chat does; at least to one."""
+
+    @property
+    def bytes_per_token(self) -> int | None:
+        """Weights read for one generated token; None where it is not known."""
 
     def close(self) -> None: ...
 
@@ -132,15 +146,19 @@ class LlamaCppEngine:
     name: EngineName = "llama.cpp"
 
     def __init__(self, path: Path, settings: Settings) -> None:
-        from export.gguf_model import GgufModel
+        from export.gguf_model import GgufModel, supports_gpu
 
         self._model = GgufModel(
             path,
             n_ctx=settings.context_tokens,
             n_threads=settings.thread_count,
             system=settings.system,
+            flash_attention=settings.flash_attention,
+            kv_type=settings.kv_type,
+            n_gpu_layers=settings.gpu_layers,
         )
         self._threads = settings.thread_count
+        self.on_gpu = settings.gpu_layers != 0 and supports_gpu()
         self.file_bytes = path.stat().st_size
         self.vocabulary_size = self._model.n_vocab
         self.weights = _gguf_weights(self._model.metadata)
@@ -166,24 +184,40 @@ class LlamaCppEngine:
     def text(self, ids: Sequence[int]) -> str:
         return self._model.text(ids)
 
-    def prompt_seconds(self, ids: Sequence[int]) -> float:
-        self._forget()
-        started = time.perf_counter()
-        next(self._model.generate(ids, 1), None)
-        return time.perf_counter() - started
+    def prompt_seconds(self, ids: Sequence[int], repeats: int, before: Sequence[int] = ()) -> list[float]:
+        return self._timed(lambda: self._model.evaluate(ids), repeats, before)
 
-    def decode_seconds(self, ids: Sequence[int]) -> float:
-        # Blocks of one position are exactly what generation evaluates, and what llama-bench's tg test times.
-        blocks = self._model.logits(ids, chunk=1)
-        started = time.perf_counter()
-        for _ in blocks:
-            pass
-        return time.perf_counter() - started
+    def decode_seconds(self, ids: Sequence[int], repeats: int, before: Sequence[int] = ()) -> list[float]:
+        def one_by_one() -> None:
+            for token in ids:
+                self._model.evaluate([token])
 
-    def _forget(self) -> None:
-        """Leave no prefix for the next prompt to go on from: logits() clears the context when it ends."""
-        for _ in self._model.logits([0], chunk=1):
-            pass
+        return self._timed(one_by_one, repeats, before)
+
+    def _timed(self, work: Callable[[], None], repeats: int, before: Sequence[int]) -> list[float]:
+        self._model.keep_first(0)
+        self._model.evaluate(before)
+        seconds = []
+        for _ in range(repeats):
+            self._model.keep_first(len(before))
+            started = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - started)
+        self._model.keep_first(0)
+        return seconds
+
+    def answer_times(self, prompt: Sequence[int], max_new_tokens: int, seed: int) -> list[float]:
+        self._model.keep_first(0)
+        started = time.perf_counter()
+        tokens = self._model.generate(prompt, max_new_tokens, temperature=TEMPERATURE, top_p=TOP_P, seed=seed)
+        times = [time.perf_counter() - started for _ in tokens]
+        return times or [time.perf_counter() - started]
+
+    @cached_property
+    def bytes_per_token(self) -> int | None:
+        from bench.gguf_weights import weights_of
+
+        return weights_of(self._model.path).bytes_per_token
 
     def close(self) -> None:
         self._model.close()
@@ -212,6 +246,7 @@ class TransformersEngine:
             torch.set_num_threads(settings.thread_count)
         self._torch = torch
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.on_gpu = self._device == "cuda"
         in_4bit = settings.load_in_4bit and self._device == "cuda"
         try:
             model = AutoModelForCausalLM.from_pretrained(
@@ -292,24 +327,52 @@ class TransformersEngine:
     def text(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def prompt_seconds(self, ids: Sequence[int]) -> float:
-        prompt = self._tensor(ids)
-        started = time.perf_counter()
+    def prompt_seconds(self, ids: Sequence[int], repeats: int, before: Sequence[int] = ()) -> list[float]:
+        return [self._seconds([self._tensor(ids)], before) for _ in range(repeats)]
+
+    def decode_seconds(self, ids: Sequence[int], repeats: int, before: Sequence[int] = ()) -> list[float]:
+        parts = [self._tensor([token]) for token in ids]
+        return [self._seconds(parts, before) for _ in range(repeats)]
+
+    def _seconds(self, parts: Sequence[Any], before: Sequence[int]) -> float:
+        past: Any = None
         with self._torch.inference_mode():
-            output = self._model(prompt, use_cache=True, logits_to_keep=1)
+            if before:
+                past = self._model(self._tensor(before), use_cache=True, logits_to_keep=1).past_key_values
+            started = time.perf_counter()
+            for part in parts:
+                output = self._model(part, past_key_values=past, use_cache=True, logits_to_keep=1)
+                past = output.past_key_values
             output.logits.argmax().item()  # waits for a GPU
         return time.perf_counter() - started
 
-    def decode_seconds(self, ids: Sequence[int]) -> float:
-        parts = [self._tensor([token]) for token in ids]
+    def answer_times(self, prompt: Sequence[int], max_new_tokens: int, seed: int) -> list[float]:
+        self._torch.manual_seed(seed)
+        part = self._tensor(prompt)
+        times: list[float] = []
         past: Any = None
         started = time.perf_counter()
         with self._torch.inference_mode():
-            for part in parts:
-                output = self._model(part, past_key_values=past, use_cache=True)
-                past = output.past_key_values
-            output.logits.argmax().item()
-        return time.perf_counter() - started
+            while len(times) < max_new_tokens:
+                output = self._model(part, past_key_values=past, use_cache=True, logits_to_keep=1)
+                past, token = output.past_key_values, self._sampled(output.logits[0, -1].float())
+                times.append(time.perf_counter() - started)
+                if token in self._end_ids:
+                    break
+                part = self._tensor([token])
+        return times
+
+    def _sampled(self, logits: Any) -> int:
+        """Nucleus sampling (Holtzman et al. 2019): of the likeliest tokens that together have TOP_P."""
+        probabilities, order = self._torch.softmax(logits / TEMPERATURE, dim=-1).sort(descending=True)
+        probabilities[probabilities.cumsum(0) - probabilities >= TOP_P] = 0
+        return int(order[self._torch.multinomial(probabilities, 1)].item())
+
+    @property
+    def bytes_per_token(self) -> int | None:
+        embedding, output = self._model.get_input_embeddings().weight, self._model.get_output_embeddings().weight
+        weights = sum(each.numel() * each.element_size() for each in self._model.parameters())
+        return int(weights if embedding is output else weights - embedding.numel() * embedding.element_size())
 
     def _tensor(self, ids: Sequence[int]) -> Any:
         return self._torch.tensor([list(ids)], device=self._device)

@@ -10,16 +10,21 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from bench import engines
+from bench import child, engines
+from bench.cold_load import ColdLoad, cold_load
+from bench.energy import energy_meter, gpu_memory_used
+from bench.gguf_weights import weights_of
+from pipeline.config import KvType
 from pipeline.errors import MedcotError
 from pipeline.memory import peak_memory_bytes
-from pipeline.processes import end_with_parent
-from pipeline.results import Speed
+from pipeline.results import Energy, LlamaCppSettings, Speed, SpeedTest
 
 # A question of ordinary length, so that the time to the first token is that of a person's first turn.
 QUESTION = (
@@ -28,8 +33,11 @@ QUESTION = (
 )
 
 
+_LEAST_CONTEXT = 512  # room for the question and the beginning of its answer
+
+
 class ProbeRequest(BaseModel):
-    """What to measure; ``label`` is the name the result carries."""
+    """What to measure; ``label`` is the name the result carries, ``depths`` are those beyond 0."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     label: str
@@ -39,32 +47,51 @@ class ProbeRequest(BaseModel):
     prompt_tokens: int
     generated_tokens: int
     repeats: int
+    depths: tuple[int, ...] = ()
+    context_tokens: int | None = None
+    flash_attention: bool = False
+    kv_type: KvType = "f16"
+    gpu_layers: int = 0
     seed: int = 0
     system: str | None = None
     dtype: engines.Dtype = "auto"
     load_in_4bit: bool = False
 
+    @property
+    def is_gguf(self) -> bool:
+        return not self.path.is_dir()
+
+    @property
+    def needed_context(self) -> int:
+        """llama-bench's: depth and the longest test, with room for a real answer; a set one has to hold that."""
+        needed = max(self.depths, default=0) + max(self.prompt_tokens, self.generated_tokens, _LEAST_CONTEXT)
+        if self.context_tokens is not None and self.context_tokens < needed:
+            raise MedcotError(
+                f"{needed} tokens (the deepest test) do not fit the context of {self.context_tokens}: "
+                "give a larger one, or smaller depths."
+            )
+        return self.context_tokens or needed
+
 
 def measure(request: ProbeRequest) -> Speed:
     """Speeds by llama-bench's conventions: random ids, one warm-up, then ``repeats`` values of each.
 
-    Prompt speed is that of ``prompt_tokens`` ids evaluated together, generation speed that of
-    ``generated_tokens`` ids evaluated one by one from an empty context, sampling excluded. Loading excludes
-    importing the library.
+    Prompt speed is that of ``prompt_tokens`` ids evaluated together, generation speed that of ``generated_tokens``
+    ids evaluated one by one, sampling excluded, both behind each depth. What a person waits for is timed with real
+    answers to one question. Loading excludes importing the library.
     """
-    _import_library(request.path)
+    _import_library(request)
+    open_engine = _opener(request)
+    weights = weights_of(request.path) if request.is_gguf else None
+    cold = _cold_load(request, open_engine)
+    gpu_before = gpu_memory_used()
     started = time.perf_counter()
-    with _open(request) as engine:
+    with open_engine() as engine:
         load_seconds = time.perf_counter() - started
-        question = engine.chat_format.question_ids(QUESTION)
-        random = np.random.default_rng(request.seed)
-
-        def ids(count: int) -> list[int]:
-            return [int(token) for token in random.integers(0, engine.vocabulary_size, count)]
-
-        engine.prompt_seconds(ids(request.prompt_tokens))
-        engine.decode_seconds(ids(min(8, request.generated_tokens)))
-        repeats = range(request.repeats)
+        bench = _Tests(request, engine)
+        bench.warm_up()
+        prompt, generation, *deeper = bench.speeds()
+        answers = bench.answers()
         return Speed(
             model=request.label,
             engine=engine.name,
@@ -72,50 +99,140 @@ def measure(request: ProbeRequest) -> Speed:
             file_bytes=engine.file_bytes,
             load_seconds=load_seconds,
             prompt_tokens=request.prompt_tokens,
-            prompt_tokens_per_second=[
-                request.prompt_tokens / engine.prompt_seconds(ids(request.prompt_tokens)) for _ in repeats
-            ],
+            prompt_tokens_per_second=prompt.tokens_per_second,
             generated_tokens=request.generated_tokens,
-            generated_tokens_per_second=[
-                request.generated_tokens / engine.decode_seconds(ids(request.generated_tokens)) for _ in repeats
-            ],
-            time_to_first_token_seconds=[engine.prompt_seconds(question) for _ in repeats],
+            generated_tokens_per_second=generation.tokens_per_second,
+            time_to_first_token_seconds=[times[0] for times in answers],
+            inter_token_seconds=[float(gap) for times in answers for gap in np.diff(times)],
+            deeper=deeper,
+            energy=bench.energy(),
+            bits_per_weight=weights.bits_per_weight if weights else None,
+            bytes_per_token=engine.bytes_per_token,
+            cold_load_seconds=cold.seconds,
+            cold_load_note=cold.note,
+            threads=request.threads,
+            llama_cpp=_llama_cpp_settings(request),
+            notes=_notes(request, engine),
+            peak_gpu_bytes=_peak_gpu_bytes(engine, gpu_before),
             peak_memory_bytes=peak_memory_bytes(),
         )
 
 
-def _open(request: ProbeRequest) -> engines.Engine:
+class _Tests:
+    """The measurements of one loaded model; ids are drawn anew for each, the same in every run."""
+
+    def __init__(self, request: ProbeRequest, engine: engines.Engine) -> None:
+        self._request = request
+        self._engine = engine
+        self._random = np.random.default_rng(request.seed)
+
+    def warm_up(self) -> None:
+        self._engine.prompt_seconds(self._ids(self._request.prompt_tokens), 1)
+        self._engine.decode_seconds(self._ids(1), 1)
+
+    def speeds(self) -> list[SpeedTest]:
+        """Prompt and generation at depth 0, then at each other depth."""
+        return [test for depth in (0, *self._request.depths) for test in (self._prompt(depth), self._generation(depth))]
+
+    def _prompt(self, depth: int) -> SpeedTest:
+        tokens = self._request.prompt_tokens
+        seconds = self._engine.prompt_seconds(self._ids(tokens), self._request.repeats, self._ids(depth))
+        return SpeedTest(
+            kind="prompt", tokens=tokens, depth=depth, tokens_per_second=[tokens / each for each in seconds]
+        )
+
+    def _generation(self, depth: int) -> SpeedTest:
+        tokens = self._request.generated_tokens
+        seconds = self._engine.decode_seconds(self._ids(tokens), self._request.repeats, self._ids(depth))
+        return SpeedTest(
+            kind="generation", tokens=tokens, depth=depth, tokens_per_second=[tokens / each for each in seconds]
+        )
+
+    def answers(self) -> list[list[float]]:
+        """Per repeat the seconds from the question to each token of an answer, each answer from another seed."""
+        question = self._engine.chat_format.question_ids(QUESTION)
+        room = max(self._request.generated_tokens, 2)  # two tokens have one time between them
+        return [
+            self._engine.answer_times(question, room, self._request.seed + repeat)
+            for repeat in range(self._request.repeats)
+        ]
+
+    def energy(self) -> Energy:
+        meter = energy_meter(on_gpu=self._engine.on_gpu)
+        if meter.joules is None:
+            return Energy(joules_per_token=None, source=meter.source)
+        ids = self._ids(self._request.generated_tokens)
+        joules = meter.of(partial(self._engine.decode_seconds, ids, self._request.repeats))
+        if joules is None:
+            return Energy(joules_per_token=None, source=f"not measured: the counter ran over ({meter.source})")
+        return Energy(joules_per_token=joules / (len(ids) * self._request.repeats), source=meter.source)
+
+    def _ids(self, count: int) -> list[int]:
+        return [int(token) for token in self._random.integers(0, self._engine.vocabulary_size, count)]
+
+
+def _opener(request: ProbeRequest) -> Callable[[], engines.Engine]:
     settings = engines.Settings(
-        context_tokens=max(request.prompt_tokens, request.generated_tokens, 512) + 64,
+        context_tokens=request.needed_context,
         threads=request.threads,
         system=request.system,
         dtype=request.dtype,
         load_in_4bit=request.load_in_4bit,
+        flash_attention=request.flash_attention,
+        kv_type=request.kv_type,
+        gpu_layers=request.gpu_layers,
     )
     if request.adapter is not None:
-        return engines.TransformersEngine(request.path, request.adapter, settings)
-    return engines.open_engine(request.path, settings)
+        return partial(engines.TransformersEngine, request.path, request.adapter, settings)
+    return partial(engines.open_engine, request.path, settings)
 
 
-def _import_library(path: Path) -> None:
-    if path.is_dir():
+def _cold_load(request: ProbeRequest, open_engine: Callable[[], engines.Engine]) -> ColdLoad:
+    if not request.is_gguf:
+        return ColdLoad(None, "cold loads are measured of GGUFs only")
+    return cold_load(request.path, lambda: open_engine().close())
+
+
+def _llama_cpp_settings(request: ProbeRequest) -> LlamaCppSettings | None:
+    if not request.is_gguf:
+        return None
+    return LlamaCppSettings(
+        context_tokens=request.needed_context,
+        flash_attention=request.flash_attention,
+        kv_type=request.kv_type,
+        gpu_layers=request.gpu_layers,
+    )
+
+
+def _notes(request: ProbeRequest, engine: engines.Engine) -> list[str]:
+    notes = []
+    if request.load_in_4bit and not engine.on_gpu:
+        notes.append(f"4 bit under transformers needs an NVIDIA GPU: measured in {engine.weights} instead.")
+    if request.is_gguf and request.gpu_layers and not engine.on_gpu:
+        notes.append("This llama-cpp-python was built without GPU support: no layer is on a GPU.")
+    return notes
+
+
+def _peak_gpu_bytes(engine: engines.Engine, used_before: int | None) -> int | None:
+    """Of PyTorch its allocator's peak; of llama.cpp, which allocates all when it loads, what the GPU's use grew by."""
+    if not engine.on_gpu:
+        return None
+    if engine.name == "transformers":
+        import torch
+
+        return int(torch.cuda.max_memory_reserved())
+    used = gpu_memory_used()
+    return None if used is None or used_before is None else used - used_before
+
+
+def _import_library(request: ProbeRequest) -> None:
+    if request.is_gguf:
+        import export.gguf_model  # noqa: F401
+    else:
         import peft  # noqa: F401
         import torch  # noqa: F401
         import transformers.models.auto  # noqa: F401
-    else:
-        import export.gguf_model  # noqa: F401
-
-
-def main() -> int:
-    end_with_parent()
-    try:
-        speed = measure(ProbeRequest.model_validate_json(sys.stdin.read()))
-    except MedcotError as error:
-        print(error, file=sys.stderr)
-        return error.exit_status
-    print(speed.model_dump_json(), flush=True)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(child.answer(ProbeRequest, measure))

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.recipe_metadata import SYSTEM_KEY, check_recorded_template
+from pipeline.config import KvType
 from pipeline.errors import MedcotError
 from pipeline.hardware import usable_cores
 from pipeline.prompts import ChatFormat
@@ -29,6 +30,7 @@ class GgufModel:
     """A GGUF under llama.cpp. ``n_ctx`` 0 takes the model's own context length (tokens).
 
     ``system`` None takes the system prompt that the file says it was trained with, if any; "" takes none.
+    ``kv_type`` is the type of cached keys and values; the quantized ones need ``flash_attention``.
     """
 
     def __init__(
@@ -40,8 +42,11 @@ class GgufModel:
         n_gpu_layers: int = 0,
         n_batch: int = 512,
         system: str | None = None,
+        flash_attention: bool = False,
+        kv_type: KvType = "f16",
     ) -> None:
         check_is_gguf(path)
+        cache_type = getattr(llama_cpp, f"GGML_TYPE_{kv_type.upper()}")
         threads = n_threads or usable_cores()  # llama-cpp-python would take half of them
         self.path = path
         try:
@@ -52,6 +57,9 @@ class GgufModel:
                 n_threads=threads,
                 n_threads_batch=threads,
                 n_gpu_layers=n_gpu_layers,
+                flash_attn=flash_attention,
+                type_k=cache_type,
+                type_v=cache_type,
                 verbose=False,
             )
         except (ValueError, RuntimeError) as error:
@@ -152,6 +160,26 @@ class GgufModel:
             llama_cpp.llama_batch_free(batch)
             llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
 
+    def evaluate(self, ids: Sequence[int]) -> None:
+        """Take ``ids`` into the context behind what is there, logits for the last one only; back when all is done."""
+        context = self._llama.ctx
+        size = int(self._llama.n_batch)
+        for start in range(0, len(ids), size):
+            block = ids[start : start + size]
+            tokens = (llama_cpp.llama_token * len(block))(*block)
+            if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(tokens, len(block))) != 0:
+                raise MedcotError(f"llama.cpp could not evaluate {len(ids)} tokens of {self.path}.")
+        llama_cpp.llama_synchronize(context)
+
+    def keep_first(self, tokens: int) -> None:
+        """Forget all of the context but its first ``tokens``; of recurrent models 0 only."""
+        self._llama.reset()
+        memory = llama_cpp.llama_get_memory(self._llama.ctx)
+        if tokens == 0:
+            llama_cpp.llama_memory_clear(memory, True)
+        elif not llama_cpp.llama_memory_seq_rm(memory, 0, tokens, -1):
+            raise MedcotError(f"{self.path} cannot go back in its context: measure it at depth 0 only.")
+
     def generate(
         self,
         ids: Sequence[int],
@@ -209,6 +237,11 @@ class GgufModel:
             length = llama_cpp.llama_token_to_piece(vocab, token, buffer, len(buffer), 0, True)
             pieces.append(buffer.raw[: max(length, 0)])
         return b"".join(pieces)
+
+
+def supports_gpu() -> bool:
+    """Whether this llama-cpp-python can put layers on a GPU."""
+    return bool(llama_cpp.llama_supports_gpu_offload())
 
 
 def check_is_gguf(path: Path) -> None:

@@ -23,6 +23,7 @@ DEFAULT_PRESET = "smollm2-cpu"
 MAX_DEPTH = 4  # levels of settings, with one to spare: data.columns.question has three
 # PyYAML's constructors fail each in their own way on what they cannot build: '!!int', '!!timestamp x', '{[]: 1}'.
 YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+KvType = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 
 
 Validated = TypeVar("Validated", bound=BaseModel)
@@ -222,11 +223,37 @@ class EvaluationConfig(Section):
         return [parse_gate(name, condition) for name, condition in self.gates.items()]
 
 
+class QualityBudget(Section):
+    """What a recommended file may lose against the most exact one, on held-out text."""
+
+    max_mean_kl: float = Field(0.1, gt=0, description="Mean Kullback-Leibler divergence (nats a token).")
+    min_top1_agreement: float = Field(0.85, ge=0, le=1, description="Both find the same token likeliest.")
+
+
 class BenchConfig(Section):
     prompt_tokens: int = Field(512, ge=1)
     generated_tokens: int = Field(128, ge=1)
     repeats: int = Field(5, ge=1)
     transformers: bool = Field(True, description="Also measure base + adapter under transformers.")
+    depths: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (0, 2048), min_length=1, description="Tokens in the context before a GGUF's speed test; 0 is always measured."
+    )
+    threads: int | None = Field(None, ge=1, description="Null: one per physical core.")
+    context_tokens: int | None = Field(None, ge=64, description="Null: what the tests need, 512 at least.")
+    flash_attention: bool = Field(False, description="llama.cpp's; quantized kv_type needs it.")
+    kv_type: KvType = Field("f16", description="ggml type of cached keys and values.")
+    gpu_layers: int = Field(0, ge=-1, description="Layers on the GPU where llama.cpp has one; -1 all.")
+    quality_records: int = Field(8, ge=0, description="Held-out records to compare the GGUFs on; 0: do not.")
+    quality_budget: QualityBudget = Field(default_factory=lambda: QualityBudget.model_validate({}))
+    memory_budget_gb: float | None = Field(
+        8.0, gt=0, description="A recommended file's process stays below this (1e9 bytes). Null: no limit."
+    )
+
+    @model_validator(mode="after")
+    def _quantized_cache_has_flash_attention(self) -> BenchConfig:
+        if self.kv_type.startswith("q") and not self.flash_attention:
+            raise ValueError(f"kv_type {self.kv_type} needs flash_attention: true (llama.cpp)")
+        return self
 
 
 class ReferenceRun(Section):

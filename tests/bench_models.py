@@ -38,6 +38,8 @@ class FakeEngine:
     weights = "F16"
     file_bytes = 1000
     vocabulary_size = 258
+    on_gpu = False
+    bytes_per_token = 900
 
     def __init__(self, output: str = "<think>\nbecause\n</think>\n\nso", log_probability: float = -0.5) -> None:
         self.chat_format = ChatFormat(CHATML, ByteVocabulary())
@@ -59,11 +61,14 @@ class FakeEngine:
     def text(self, ids: Sequence[int]) -> str:
         return bytes(ids).decode()
 
-    def prompt_seconds(self, ids: Sequence[int]) -> float:
-        return 0.5
+    def prompt_seconds(self, ids: Sequence[int], repeats: int, before: Sequence[int] = ()) -> list[float]:
+        return [0.5] * repeats
 
-    def decode_seconds(self, ids: Sequence[int]) -> float:
-        return 2.0
+    def decode_seconds(self, ids: Sequence[int], repeats: int, before: Sequence[int] = ()) -> list[float]:
+        return [2.0] * repeats
+
+    def answer_times(self, prompt: Sequence[int], max_new_tokens: int, seed: int) -> list[float]:
+        return [0.5 + 0.25 * token for token in range(max_new_tokens)]
 
     def close(self) -> None:
         pass
