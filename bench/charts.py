@@ -15,8 +15,10 @@ _CSS_COLOURS = {INK: "currentColor", ACCENT: "var(--accent)", SECOND: "var(--sec
 
 
 @contextmanager
-def drawing(columns: int, size: tuple[float, float], grid: Literal["x", "y"] = "y") -> Iterator[tuple[Any, list[Any]]]:
-    """A figure of ``columns`` panels in the page's style, closed afterwards; ``size`` in inches."""
+def drawing(
+    columns: int, size: tuple[float, float], *, rows: int = 1, grid: Literal["x", "y"] = "y"
+) -> Iterator[tuple[Any, list[Any]]]:
+    """A figure of panels in the page's style, closed afterwards; ``size`` in inches (a phone shows 5.6 well)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -34,8 +36,8 @@ def drawing(columns: int, size: tuple[float, float], grid: Literal["x", "y"] = "
         "ytick.color": INK,
     }
     with plt.rc_context(style):
-        figure, axes = plt.subplots(1, columns, figsize=size, layout="constrained", squeeze=False)
-        panels = list(axes[0])
+        figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+        panels = list(axes.flat)
         for panel in panels:
             panel.spines[["top", "right"]].set_visible(False)
             panel.grid(axis=grid, color=INK, alpha=0.15, linewidth=0.6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,34 +28,35 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """``align`` has a letter a column, l or r; every row has as many cells as ``header``."""
+    """``align`` has a letter a column, l or r; every row has as many cells as ``header``.
+
+    A ``folded`` one is closed on the page until asked for: what only a doubt makes worth reading.
+    """
 
     header: tuple[str, ...]
     align: str
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
     caption: str = ""
+    folded: bool = False
 
 
 @dataclass(frozen=True)
 class Chart:
-    """An ``<svg>`` element, and the same in words for whoever does not see it."""
+    """``draw`` gives an ``<svg>`` element; ``text`` says the same in words for whoever does not see it."""
 
-    svg: str
+    draw: Callable[[], str]
     text: str
 
 
 @dataclass(frozen=True)
 class Section:
-    """``folded`` ones are closed on the page until asked for: what only a doubt makes worth reading."""
-
     title: str
     text: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
     charts: tuple[Chart, ...] = ()
     samples: tuple[Sample, ...] = ()
     code: str | None = None
-    folded: bool = False
 
 
 @dataclass(frozen=True)

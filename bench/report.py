@@ -76,7 +76,7 @@ def build_page(config: Config, run: Run) -> Page:
         data_section(run.prepared),
         *samples_sections(run.evaluated),
         stages_section(run),
-        Section("Configuration", code=config.to_yaml(), folded=True),
+        Section("Configuration", code=config.to_yaml()),
         provenance_section(run),
     ]
     return Page(

@@ -13,27 +13,22 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
+from bench.evaluation_summary import compare
 from bench.loss_chart import describe_losses, loss_curves
 from bench.page import Chart, Line, Page, Section, Table, Tone, byte_size, duration
+from bench.record_outcome import RecordOutcome
 from bench.report import build_page, disclaimer
 from bench.report_document import FORMAT, SCHEMA_NAME, RunReport, Sentence, run_report, sentences
 from bench.run_folder import STAGES, Run, open_run
 from bench.sections.decision import is_verified, shipped_file, speed_of
-from bench.sections.evaluation import by_role, comparison_of, show, show_verdict, value_of
+from bench.sections.evaluation import by_role, comparison_of, show, show_difference, show_verdict, value_of
 from bench.sections.speed import seconds
+from bench.stored_outcomes import stored_outcomes
 from pipeline.config import Config
 from pipeline.errors import MedcotError
-from pipeline.metrics import METRICS, Metric
+from pipeline.metrics import METRIC_BY_KEY, METRICS
 from pipeline.prepare import EVAL_FILE
-from pipeline.results import Measurement, ModelEvaluation
-
-
-class RunDifference(Measurement):
-    """A metric of ``run``'s model beside that of the first run's, where both answered the same records."""
-
-    run: str
-    metric: str
-    verdict: Literal["better", "worse", "higher", "lower", "no difference shown"]
+from pipeline.results import Comparison, Measurement, ModelEvaluation, Verdict
 
 
 class ComparisonReport(Measurement):
@@ -46,8 +41,12 @@ class ComparisonReport(Measurement):
     decision: list[Sentence]
     disclaimer: str
     settings: dict[str, list[Any]] = Field(description="Dotted key -> its value in each run, where they differ.")
-    differences: list[RunDifference]
+    differences: list[Comparison] = Field(description="``model`` and ``reference`` are names of runs.")
+    not_compared: dict[str, str] = Field(description="Run -> why its evaluation is not compared with the first's.")
     runs: list[RunReport]
+
+
+_TONES: dict[Verdict, Tone] = {"better": "good", "worse": "bad"}
 
 
 @dataclass(frozen=True)
@@ -66,14 +65,23 @@ class ComparedRun:
         ships = [model for model in models if shipped is not None and model.model == shipped.name]
         return next(iter([*ships, *models]), None)
 
+    def outcomes(self) -> list[RecordOutcome]:
+        """Of the held-out records, in order; raises MedcotError when they cannot be had."""
+        shipped, tuned = shipped_file(self.run.exported), self.tuned
+        stages = [self.run.artifacts.get(stage) for stage in ("prepare", "export", "evaluate")]
+        prepared, exported, evaluated = stages
+        if prepared is None or exported is None or evaluated is None or shipped is None or tuned is None:
+            raise MedcotError(f"{self.name} has no finished evaluation")
+        stored = stored_outcomes(self.config, prepared.path, exported.path / tuned.model, evaluated.path)
+        return [outcome for _, outcome in stored]
+
     @property
-    def evaluated_on(self) -> tuple[str, Any] | None:
+    def held_out(self) -> tuple[str, ...]:
         """What two evaluations must have in common to be compared: the held-out file and how it was used."""
-        prepared, evaluated = self.run.artifacts.get("prepare"), self.run.artifacts.get("evaluate")
-        if prepared is None or evaluated is None:
-            return None
-        hashes = [record.sha256 for record in prepared.manifest.files if record.path == EVAL_FILE]
-        return ("".join(hashes), evaluated.manifest.config.get("evaluation"))
+        prepared, evaluation = self.run.artifacts.get("prepare"), self.config.evaluation
+        files = [] if prepared is None else prepared.manifest.files
+        hashes = [record.sha256 for record in files if record.path == EVAL_FILE]
+        return (*hashes, str(evaluation.rows), str(evaluation.choice_rows), str(evaluation.max_new_tokens))
 
 
 def open_runs(folders: Sequence[Path]) -> list[ComparedRun]:
@@ -92,18 +100,18 @@ def open_runs(folders: Sequence[Path]) -> list[ComparedRun]:
 
 def comparison(runs: Sequence[ComparedRun]) -> tuple[Page, ComparisonReport]:
     settings = differing_settings([each.config for each in runs])
-    differences = list(_differences(runs))
+    differences, not_compared = _differences(runs)
     sections = [
         Section("Runs", tables=(_runs_table(runs),)),
         _settings_section(runs, settings),
         _training_section(runs),
-        _evaluation_section(runs, differences),
+        _evaluation_section(runs, differences, not_compared),
         _speed_section(runs),
         Section("Stages", tables=(_stages_table(runs),)),
     ]
     page = Page(
         name=" against ".join(each.name for each in runs),
-        decision=tuple(_decide(runs, differences)),
+        decision=tuple(_decide(runs, differences, not_compared)),
         disclaimer=disclaimer(runs[0].config),
         sections=tuple(section for section in sections if section is not None),
     )
@@ -112,6 +120,7 @@ def comparison(runs: Sequence[ComparedRun]) -> tuple[Page, ComparisonReport]:
         disclaimer=page.disclaimer,
         settings=settings,
         differences=differences,
+        not_compared=not_compared,
         runs=[run_report(each.config, each.run, build_page(each.config, each.run)) for each in runs],
     )
     return page, document
@@ -133,26 +142,25 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + key, value
 
 
-def _differences(runs: Sequence[ComparedRun]) -> Iterator[RunDifference]:
-    """A verdict needs intervals that are apart, which is stricter than a paired test of the records."""
-    first = runs[0]
-    for other in runs[1:]:
-        theirs, ours = first.tuned, other.tuned
-        if theirs is None or ours is None or first.evaluated_on is None or first.evaluated_on != other.evaluated_on:
-            continue
-        for metric in METRICS:
-            before, after = value_of(theirs, metric.key), value_of(ours, metric.key)
-            if before is None or after is None:
-                continue
-            above, below = after.low > before.high, after.high < before.low
-            verdict: Literal["better", "worse", "higher", "lower", "no difference shown"] = "no difference shown"
-            if above or below:
-                way: Literal["higher", "lower"] = "higher" if above else "lower"
-                verdict = way if metric.better is None else "better" if way == metric.better else "worse"
-            yield RunDifference(run=other.name, metric=metric.key, verdict=verdict)
+def _differences(runs: Sequence[ComparedRun]) -> tuple[list[Comparison], dict[str, str]]:
+    """Paired on the records that both models answered, and for each run that cannot be paired the reason."""
+    first, *others = runs
+    differences: list[Comparison] = []
+    not_compared: dict[str, str] = {}
+    for other in others:
+        try:
+            if other.held_out != first.held_out:
+                raise MedcotError(f"{first.name} was evaluated on other records or in another way")
+            ours, theirs = other.outcomes(), first.outcomes()
+            differences += compare(other.name, ours, first.name, theirs, first.config.seed)
+        except MedcotError as error:
+            not_compared[other.name] = str(error)
+    return differences, not_compared
 
 
-def _decide(runs: Sequence[ComparedRun], differences: Sequence[RunDifference]) -> Iterator[Line]:
+def _decide(
+    runs: Sequence[ComparedRun], differences: Sequence[Comparison], not_compared: dict[str, str]
+) -> Iterator[Line]:
     for each in runs:
         failed = [f"{stage} {state.name}" for stage, state in each.run.states.items() if state.failed]
         shipped = shipped_file(each.run.exported)
@@ -160,20 +168,20 @@ def _decide(runs: Sequence[ComparedRun], differences: Sequence[RunDifference]) -
         good = not failed and each.run.verified is not None and is_verified(each.run.verified)
         verified = "verified" if good else ", ".join(failed) or "not verified"
         yield Line(f"{each.name}: {file}; {verified}.", "good" if good else "bad")
-    first = runs[0]
+    first = runs[0].name
     for other in runs[1:]:
-        found = [each for each in differences if each.run == other.name]
-        if not found:
-            yield Line(f"{other.name} and {first.name} were not evaluated on the same records: no verdict.")
+        if other.name in not_compared:
+            yield Line(f"No verdict on {other.name} against {first}: {not_compared[other.name].rstrip('.')}.")
             continue
-        tones: dict[str, Tone] = {"better": "good", "worse": "bad"}
-        for verdict, tone in tones.items():
-            named = [metric.name for metric in METRICS for each in found if each.metric == metric.key
-                     if each.verdict == verdict]  # fmt: skip
+        shown = False
+        for verdict, tone in _TONES.items():
+            named = [METRIC_BY_KEY[each.metric].name for each in differences
+                     if each.model == other.name and each.verdict == verdict]  # fmt: skip
             if named:
-                yield Line(f"{other.name} is {verdict} than {first.name}: {'; '.join(named)}.", tone)
-        if not any(each.verdict in ("better", "worse") for each in found):
-            yield Line(f"{other.name} against {first.name}: no difference shown in any measure.")
+                shown = True
+                yield Line(f"{other.name} is {verdict} than {first}: {'; '.join(named)}.", tone)
+        if not shown:
+            yield Line(f"{other.name} against {first}: no difference shown in any measure.")
 
 
 def _runs_table(runs: Sequence[ComparedRun]) -> Table:
@@ -225,32 +233,49 @@ def _training_section(runs: Sequence[ComparedRun]) -> Section | None:
         "Run", "Steps", "Last training loss", "Held-out loss before", "After", "Time", "Trainable parameters",
     )  # fmt: skip
     curves = {name: result.train_loss for name, result in trained if result.train_loss}
-    charts = (Chart(loss_curves(curves, runs[0].name), describe_losses(curves)),) if curves else ()
+    charts = (Chart(lambda: loss_curves(curves, runs[0].name), describe_losses(curves)),) if curves else ()
     note = "Losses in nats a token; held-out ones can be compared where runs have the same held-out records."
     return Section("Training", tables=(Table(header, "lrrrrrr", rows, note),), charts=charts)
 
 
-def _evaluation_section(runs: Sequence[ComparedRun], differences: Sequence[RunDifference]) -> Section | None:
-    evaluated = [(each.name, each.tuned) for each in runs if each.tuned is not None]
+def _evaluation_section(
+    runs: Sequence[ComparedRun], differences: Sequence[Comparison], not_compared: dict[str, str]
+) -> Section | None:
+    evaluated = [(each.name, tuned) for each in runs if (tuned := each.tuned) is not None]
     if not evaluated:
         return None
-    verdicts = {(each.run, each.metric): each.verdict for each in differences}
-
-    def cell(metric: Metric, name: str, model: ModelEvaluation) -> str:
-        verdict = verdicts.get((name, metric.key))
-        return show(metric, value_of(model, metric.key)) + (f": {verdict}" if verdict else "")
-
+    names = tuple(name for name, _ in evaluated)
     rows = tuple(
-        (metric.name, *(cell(metric, name, model) for name, model in evaluated if model is not None))
+        (metric.name, *(show(metric, value_of(model, metric.key)) for _, model in evaluated))
         for metric in METRICS
-        if any(model is not None and value_of(model, metric.key) is not None for _, model in evaluated)
+        if any(value_of(model, metric.key) is not None for _, model in evaluated)
+    )
+    values = Table(("Measure", *names), "l" + "r" * len(names), rows, "In brackets the 95 % interval.", "Tuned models")
+    tables = [values]
+    for name in names:
+        found = [each for each in differences if each.model == name]
+        if found:
+            tables.append(_differences_table(name, runs[0].name, found))
+    text = tuple(f"{name} is not compared: {reason.rstrip('.')}." for name, reason in not_compared.items())
+    return Section("Evaluation", text, tuple(tables))
+
+
+def _differences_table(name: str, first: str, differences: Sequence[Comparison]) -> Table:
+    rows = tuple(
+        (
+            METRIC_BY_KEY[each.metric].name,
+            show_difference(METRIC_BY_KEY[each.metric], each),
+            each.verdict,
+            f"{each.n:,}",
+        )
+        for each in differences
     )
     note = (
-        f"The tuned models; in brackets the 95 % interval. Verdicts are against {runs[0].name} and need the same "
-        "held-out records and intervals that do not overlap, which is stricter than a paired test."
+        f"{name} minus {first} on the same records; where the 95 % interval contains zero no difference is shown. Each "
+        "run was trained once: the intervals tell what other records could change, not what another seed could."
     )
-    names = tuple(name for name, _ in evaluated)
-    return Section("Evaluation", tables=(Table(("Measure", *names), "l" + "r" * len(names), rows, note),))
+    header = ("Measure", "Difference", "Verdict", "Records")
+    return Table(header, "lrlr", rows, note, f"{name} against {first}")
 
 
 def _speed_section(runs: Sequence[ComparedRun]) -> Section | None:

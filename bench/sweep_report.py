@@ -175,14 +175,16 @@ def _differences_section(result: SweepResult) -> Section | None:
         f"{LEAST_RECORDS} records none is looked for. Each experiment was trained once: the intervals tell what other "
         "held-out records could change, not what another seed could.",
     )
-    return Section(title, tuple(left_out), (table,), (Chart(differences_chart(result), describe_differences(result)),))
+    chart = Chart(lambda: differences_chart(result), describe_differences(result))
+    return Section(title, tuple(left_out), (table,), (chart,))
 
 
 def _losses_section(result: SweepResult) -> Section | None:
     curves = loss_points(result)
     if not curves:
         return None
-    return Section("Training loss", charts=(Chart(loss_curves(curves, result.primary), describe_losses(curves)),))
+    chart = Chart(lambda: loss_curves(curves, result.primary), describe_losses(curves))
+    return Section("Training loss", charts=(chart,))
 
 
 def _named(row: ExperimentRow, result: SweepResult) -> str:

@@ -70,7 +70,7 @@ def test_the_r1_preset_shows_both_published_runs_beside_ours() -> None:
     assert table.header == ("Training loss at step", "This run", "reference run", "second public run of the recipe")
     assert table.rows[0] == ("10", "1.900", "1.914", "1.919") and table.rows[-1] == ("60", "1.400", "1.327", "1.314")
     assert "https://github.com/develops20/" in section.charts[0].text
-    assert {"training", "reference run", "second public run of the recipe"} <= set(words(section.charts[0].svg))
+    assert {"training", "reference run", "second public run of the recipe"} <= set(words(section.charts[0].draw()))
 
 
 def test_steps_that_only_one_run_has_are_left_blank() -> None:
@@ -89,7 +89,7 @@ def test_evaluations_in_training_and_the_kept_adapter_are_shown_and_told() -> No
     result = evaluated_in_training()
     section = training_section(result, load_config("smollm2-cpu"))
     assert "2.100 after, with the adapter of step 30, the best of 6 evaluations." in section.charts[0].text
-    assert {"held out", "the adapter that is kept"} <= set(words(section.charts[0].svg))
+    assert {"held out", "the adapter that is kept"} <= set(words(section.charts[0].draw()))
     assert any(cell.startswith("60 of 100, then no further gain") for row in section.tables[0].rows for cell in row)
 
 

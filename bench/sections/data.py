@@ -34,10 +34,10 @@ def data_section(data: PreparedData | None) -> Section | None:
         "Data",
         (f"Source: {data.source}.", _leakage_sentence(data)),
         (
-            Table(("Records", "Number"), "lr", counts),
-            Table(("Length", "Minimum", "Median", "95 %", "Maximum"), "lrrrr", rows),
+            Table(("Records", "Number"), "lr", counts, caption="Records"),
+            Table(("Length", "Minimum", "Median", "95 %", "Maximum"), "lrrrr", rows, caption="Lengths", folded=True),
         ),
-        charts=(Chart(_length_histograms(data.tokens), _describe_lengths(data.tokens)),),
+        charts=(Chart(lambda: _length_histograms(data.tokens), _describe_lengths(data.tokens)),),
     )
 
 
@@ -67,15 +67,16 @@ def _describe_lengths(lengths: Mapping[Any, Distribution]) -> str:
 
 def _length_histograms(lengths: Mapping[Any, Distribution]) -> str:
     """How long the parts of the records are, a panel for each part, as an ``<svg>`` element."""
-    with drawing(len(lengths), (2.6 * len(lengths), 2.4)) as (figure, panels):
-        for axes, (name, spread) in zip(panels, lengths.items(), strict=True):
+    rows = -(-len(lengths) // 2)
+    with drawing(2, (5.6, 2.3 * rows), rows=rows) as (figure, panels):
+        for axes in panels[len(lengths) :]:
+            axes.set_visible(False)
+        for axes, (name, spread) in zip(panels, lengths.items(), strict=False):
             bins = spread.histogram
             left = [bins.start + index * bins.width for index in range(len(bins.counts))]
             axes.bar(left, bins.counts, width=bins.width, align="edge", color=ACCENT)
             axes.axvline(spread.median, color=SECOND, linewidth=1.4, linestyle="--")
-            axes.set_title(name, fontsize=11)
-            axes.set_xlabel("tokens")
+            axes.set_title(f"{name}: records by tokens", fontsize=11)
             axes.xaxis.set_major_locator(whole_ticks(4))
             axes.yaxis.set_major_locator(whole_ticks(4))
-        panels[0].set_ylabel("records")
         return as_svg(figure, "lengths", "Lengths of the records", _describe_lengths(lengths))

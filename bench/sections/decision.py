@@ -98,7 +98,8 @@ def _tuned_against_base(evaluation: Evaluation | None, shipped: ExportedFile | N
 def _speed(benchmark: Benchmark | None, shipped: ExportedFile | None) -> Iterator[Line]:
     measured = speed_of(benchmark, shipped)
     if benchmark is None or measured is None:
-        yield Line("Speed was not measured.")
+        if benchmark is None:
+            yield Line("Speed was not measured.")
         return
     pace = statistics.fmean(measured.generated_tokens_per_second)
     first = statistics.median(measured.time_to_first_token_seconds)

@@ -181,4 +181,4 @@ def _calibration_table(model: ModelEvaluation) -> Table:
     )
     header = ("Probability of the likeliest option", "Records", "Mean probability", "Right")
     note = "Calibrated is a model that is right as often as its probability says."
-    return Table(header, "lrrr", rows, note, caption=f"Calibration of {model.model}")
+    return Table(header, "lrrr", rows, note, caption=f"Calibration of {model.model}", folded=True)

@@ -23,8 +23,7 @@ def provenance_section(run: Run) -> Section | None:
     return Section(
         "Versions and hashes",
         tables=(
-            Table(("Package", "Version"), "ll", tuple(sorted(versions))),
-            Table(("Stage", "File", "SHA-256"), "lll", hashes),
+            Table(("Package", "Version"), "ll", tuple(sorted(versions)), caption="Versions of packages", folded=True),
+            Table(("Stage", "File", "SHA-256"), "lll", hashes, caption="Files and their hashes", folded=True),
         ),
-        folded=True,
     )

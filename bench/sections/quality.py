@@ -25,7 +25,7 @@ def quality_section(benchmark: Benchmark | None, exported: ExportedModels | None
     sizes = {speed.model: speed.file_bytes for speed in benchmark.models if speed.file_bytes is not None}
     sizes |= {file.name: file.size_bytes for file in exported.files} if exported is not None else {}
     sized = [(quality, sizes[quality.model]) for quality in benchmark.quality if quality.model in sizes]
-    charts = (Chart(_quality_chart(sized), _describe(sized)),) if len(sized) > 1 else ()
+    charts = (Chart(lambda: _quality_chart(sized), _describe(sized)),) if len(sized) > 1 else ()
     return Section(TITLE, tuple(text), (_quality_table(benchmark.quality, sizes),), charts)
 
 

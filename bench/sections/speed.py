@@ -18,10 +18,10 @@ def speed_section(benchmark: Benchmark | None) -> Section | None:
         return None
     if not benchmark.models:
         return Section(TITLE, (f"{benchmark.machine}: no model was measured.",))
-    tables = (_pace_table(benchmark), *_waiting_table(benchmark), _memory_table(benchmark))
+    tables = (_pace_table(benchmark), _waiting_table(benchmark), _memory_table(benchmark))
     notes = dict.fromkeys(f"{speed.model}: {note}" for speed in benchmark.models for note in speed.notes)
     text = (_machine(benchmark), *_settings(benchmark.models), *notes)
-    return Section(TITLE, text, tables, (Chart(_speed_chart(benchmark.models), _describe(benchmark.models)),))
+    return Section(TITLE, text, tables, (Chart(lambda: _speed_chart(benchmark.models), _describe(benchmark.models)),))
 
 
 def seconds(value: float) -> str:
@@ -87,22 +87,25 @@ def _pace_table(benchmark: Benchmark) -> Table:
     return Table(tuple(header), "ll" + "r" * (len(header) - 2), tuple(map(row, benchmark.models)), note, "Speed")
 
 
-def _waiting_table(benchmark: Benchmark) -> Iterator[Table]:
+def _waiting_table(benchmark: Benchmark) -> Table:
     length = benchmark.answer_length
+    between_known = any(speed.inter_token_seconds for speed in benchmark.models)
 
     def row(speed: Speed) -> tuple[str, ...]:
-        first, between = speed.time_to_first_token_seconds, speed.inter_token_seconds
-        cells = [speed.model, *(seconds(percentile(first, share)) if first else "" for share in (0.5, 0.99))]
-        cells += [seconds(percentile(between, share)) if between else "" for share in (0.5, 0.9, 0.99)]
+        cells = [speed.model, *_percentiles(speed.time_to_first_token_seconds, (0.5, 0.99))]
+        if between_known:
+            cells += _percentiles(speed.inter_token_seconds, (0.5, 0.9, 0.99))
         if length is not None:
             cells.append(seconds(speed.seconds_to_answer(length)))
         return tuple(cells)
 
-    header = ["Model", "First token, half", "First token, 99 %", "Between tokens, half", "90 %", "99 %"]
+    header = ["Model", "First token: half", "99 %"]
     note = (
         "So long or less half of the time, and in 99 of 100 cases. First token: a question of ordinary length, nothing "
-        "cached."
+        f"cached, asked {len(benchmark.models[0].time_to_first_token_seconds)} times."
     )
+    if between_known:
+        header += ["Between tokens: half", "90 %", "99 %"]
     if length is not None:
         header.append("Whole answer")
         note += (
@@ -110,7 +113,11 @@ def _waiting_table(benchmark: Benchmark) -> Iterator[Table]:
             f"{length.answer_tokens:,.0f} of answer ({length.source})."
         )
     rows = tuple(map(row, benchmark.models))
-    yield Table(tuple(header), "l" + "r" * (len(header) - 1), rows, note, "What a person waits")
+    return Table(tuple(header), "l" + "r" * (len(header) - 1), rows, note, "What a person waits")
+
+
+def _percentiles(values: Sequence[float], shares: Sequence[float]) -> list[str]:
+    return [seconds(percentile(values, share)) if values else "" for share in shares]
 
 
 def _memory_table(benchmark: Benchmark) -> Table:
@@ -151,22 +158,26 @@ def _describe(models: Sequence[Speed]) -> str:
 
 
 def _speed_chart(models: Sequence[Speed]) -> str:
-    """Generation with its repeats and peak memory beside the file's size: a row for each model."""
-    labels = [f"{speed.model}\n{speed.engine}, {speed.weights}" for speed in models]
+    """Generation with its repeats, and below it peak memory beside the file's size: a bar for each model."""
     places = range(len(models))
-    with drawing(2, (7.6, 1.3 + 0.5 * len(models)), grid="x") as (figure, (pace, memory)):
+    with drawing(1, (5.6, 2 * (0.7 + 0.62 * len(models))), rows=2, grid="x") as (figure, (pace, memory)):
         for place, speed in zip(places, models, strict=True):
             repeats = speed.generated_tokens_per_second
-            pace.barh(place, statistics.fmean(repeats), height=0.55, color=ACCENT)
-            pace.plot(repeats, [place] * len(repeats), color=INK, linestyle="none", marker="|", markersize=9)
-            memory.barh(place, speed.peak_memory_bytes / 1e6, height=0.55, color=ACCENT)
+            pace.barh(place, statistics.fmean(repeats), height=0.4, color=ACCENT)
+            pace.plot(repeats, [place] * len(repeats), color=INK, linestyle="none", marker="|", markersize=10)
+            memory.barh(place, speed.peak_memory_bytes / 1e6, height=0.4, color=ACCENT)
             if speed.file_bytes is not None:
                 memory.plot(speed.file_bytes / 1e6, place, color=SECOND, marker="D", markersize=7)
-        pace.set_yticks(places, labels, fontsize=9)
-        memory.set_yticks(places, [""] * len(models))
-        for axes, name in ((pace, "tokens a second; | each repeat"), (memory, "peak memory, MB; ◆ file")):
-            axes.set_ylim(len(models) - 0.5, -0.5)
+        for axes, name in (
+            (pace, "generation, tokens a second; | each repeat"),
+            (memory, "peak memory, MB; ◆ size of the file"),
+        ):
+            for place, speed in zip(places, models, strict=True):
+                # Above its bar, where a long name has room on a phone.
+                axes.annotate(f"{speed.model}, {speed.weights}", (0, place - 0.3), fontsize=10, parse_math=False)
+            axes.set_yticks([])
+            axes.set_ylim(len(models) - 0.6, -0.9)
             axes.set_xlim(left=0)
             axes.set_xlabel(name)
-            axes.locator_params(axis="x", nbins=4)
+            axes.locator_params(axis="x", nbins=5)
         return as_svg(figure, "speed", "Speed of generation and peak memory", _describe(models))

@@ -38,7 +38,7 @@ def training_section(trained: TrainedAdapter | None, references: Sequence[Refere
     return Section(
         "Training",
         tables=(Table(("", ""), "ll", rows), *published),
-        charts=(Chart(loss_curve(trained, references), describe_loss(trained, references)),),
+        charts=(Chart(lambda: loss_curve(trained, references), describe_loss(trained, references)),),
     )
 
 

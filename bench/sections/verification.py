@@ -10,7 +10,9 @@ def verification_section(verification: Verification | None) -> Section | None:
     if verification is None:
         return None
     rows = tuple((check.name, "passed" if check.passed else "FAILED", check.detail) for check in verification.checks)
-    checks = Table(("Check", "Result", "What was found"), "lll", rows)
+    passed = all(check.passed for check in verification.checks)
+    caption = f"All {len(rows)} checks passed" if passed else "Checks"
+    checks = Table(("Check", "Result", "What was found"), "lll", rows, caption=caption, folded=passed)
     predictions = (_predictions_table(verification.files),) if verification.files else ()
     return Section("Verification", tables=(*predictions, checks))
 
