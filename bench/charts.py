@@ -14,6 +14,9 @@ INK, ACCENT, SECOND, SOFT = "#010101", "#020202", "#030303", "#040404"
 _CSS_COLOURS = {INK: "currentColor", ACCENT: "var(--accent)", SECOND: "var(--second)", SOFT: "var(--soft)"}
 
 
+_LONGEST_NAME = 44  # characters
+
+
 @contextmanager
 def drawing(
     columns: int, size: tuple[float, float], *, rows: int = 1, grid: Literal["x", "y"] = "y"
@@ -52,6 +55,13 @@ def whole_ticks(most: int) -> Any:
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(nbins=most, integer=True)
+
+
+def legend_name(name: str) -> str:
+    """A name as a legend can show it: no longer than a phone is wide, hidden by no underscore, no formula."""
+    half = _LONGEST_NAME // 2
+    shown = name if len(name) <= _LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
+    return shown.replace("$", r"\$").lstrip("_")
 
 
 def as_svg(figure: Any, name: str, title: str, description: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 
-from bench.charts import ACCENT, SECOND, SOFT, as_svg, drawing, whole_ticks
+from bench.charts import ACCENT, SECOND, SOFT, as_svg, drawing, legend_name, whole_ticks
 from pipeline.config import ReferenceRun
 from pipeline.results import LossPoint, TrainedAdapter
 
@@ -106,8 +106,7 @@ def loss_curves(curves: Mapping[str, Sequence[LossPoint]], main: str) -> str:
                 color=ACCENT if index < len(_DASHES) else SECOND,
                 linestyle=_DASHES[index % len(_DASHES)],
                 linewidth=2.2 if name == main else 1.4,
-                # A leading underscore would hide the entry, and dollars hold a formula.
-                label=name.replace("$", r"\$").lstrip("_"),
+                label=legend_name(name),
             )
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("loss (nats per token)")

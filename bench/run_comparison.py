@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field
 
 from bench.evaluation_summary import compare
 from bench.loss_chart import describe_losses, loss_curves
-from bench.page import Chart, Line, Page, Section, Table, Tone, byte_size, duration
+from bench.page import Chart, Line, Page, Section, Table, Tone, byte_size, duration, percent
 from bench.record_outcome import RecordOutcome
 from bench.report import build_page, disclaimer
 from bench.report_document import FORMAT, SCHEMA_NAME, RunReport, Sentence, run_report, sentences
@@ -195,12 +195,12 @@ def _runs_table(runs: Sequence[ComparedRun]) -> Table:
             "" if shipped is None else shipped.quantization,
             "" if shipped is None else byte_size(shipped.size_bytes),
             "not verified" if verified is None else "passed" if is_verified(verified) else "FAILED",
-            "" if verified is None else f"{verified.top1_agreement:.2%}",
+            "" if verified is None else percent(verified.top1_agreement),
             against_base,
         )
 
     header = (
-        "Run", "Type", "Size", "Verification", "Same likeliest token as trained", "Perplexity of the answer",
+        "Run", "Type", "Size", "Verification", "Same likeliest token as trained", "Answer's perplexity, to its base",
     )  # fmt: skip
     return Table(header, "llrlrl", tuple(map(row, runs)))
 

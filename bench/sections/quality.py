@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import cycle
 
-from bench.charts import ACCENT, SECOND, as_svg, drawing
+from bench.charts import ACCENT, SECOND, as_svg, drawing, legend_name
 from bench.page import Chart, Section, Table, byte_size, percent
 from pipeline.results import Benchmark, Estimate, ExportedModels, FileQuality, TokenDivergence
 
@@ -80,7 +80,7 @@ def _quality_chart(sized: Sequence[tuple[FileQuality, int]]) -> str:
             off = [[max(0.0, divergence.value - divergence.low)], [max(0.0, divergence.high - divergence.value)]]
             axes.errorbar(
                 [size / 1e6], [divergence.value], yerr=off, color=colour, marker=marker, markersize=7, linestyle="none",
-                label=quality.model,
+                label=legend_name(quality.model),
             )  # fmt: skip
         axes.set_xlabel("size of the file (MB)")
         axes.set_ylabel("mean divergence (nats a token)")

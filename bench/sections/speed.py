@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 
-from bench.charts import ACCENT, INK, SECOND, as_svg, drawing
+from bench.charts import ACCENT, INK, SECOND, as_svg, drawing, legend_name
 from bench.page import Chart, Section, Table, byte_size, percent
 from bench.statistics import percentile
 from pipeline.results import Benchmark, Speed
@@ -174,7 +174,8 @@ def _speed_chart(models: Sequence[Speed]) -> str:
         ):
             for place, speed in zip(places, models, strict=True):
                 # Above its bar, where a long name has room on a phone.
-                axes.annotate(f"{speed.model}, {speed.weights}", (0, place - 0.3), fontsize=10, parse_math=False)
+                name_of = legend_name(f"{speed.model}, {speed.weights}")
+                axes.annotate(name_of, (0, place - 0.3), fontsize=10)
             axes.set_yticks([])
             axes.set_ylim(len(models) - 0.6, -0.9)
             axes.set_xlim(left=0)
