@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pipeline.results import Sample
 
 # Cells that a reader must not miss: they are in red.
 _FAILURES = frozenset({"FAILED", "failed", "gate failed", "damaged"})
+_BEFORE_UNIT = re.compile(r"(?<=\d) (?=(?:ms|s|min|h|kB|MB|GB|J)\b|%)")
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 Tone = Literal["good", "bad", "neutral"]
 
@@ -81,6 +83,7 @@ def render(template: str, **values: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.globals["failures"] = _FAILURES
+    environment.filters["units"] = _units
     environment.filters["cell"] = _markdown_cell
     environment.filters["fenced"] = _fenced
     return environment.get_template(template).render(**values)
@@ -113,6 +116,11 @@ def spread(values: list[float], digits: int) -> str:
         return ""
     median = percentile(values, 0.5)
     return f"{median:,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
+
+
+def _units(text: str) -> str:
+    """Numbers stay on one line with their units."""
+    return _BEFORE_UNIT.sub("\N{NO-BREAK SPACE}", text)
 
 
 def _markdown_cell(text: str) -> str:
