@@ -97,7 +97,7 @@ def evaluate_models(
     settings: EvaluationSettings,
     gates: Sequence[Gate] = (),
 ) -> Evaluation:
-    """Evaluate each model on all records; ``evaluation.json`` is written beside the outcomes. Gates are told, not raised."""
+    """Evaluate each model on all records and write ``evaluation.json``; gates are told, not raised."""
     _check_distinct_names(paths)
     out_dir.mkdir(parents=True, exist_ok=True)
     asked = [*records, *(question.record for question in REFERENCE_QUESTIONS)]

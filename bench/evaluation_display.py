@@ -10,9 +10,9 @@ from pipeline.results import Comparison, Estimate, Evaluation
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
-    """On standard output, 95 % intervals in brackets; failed gates are named by the error that follows."""
+    """On standard output: 95 % intervals in brackets, ``n`` records."""
     compared = {(each.model, each.metric): each for each in evaluation.comparisons}
-    table = Table("metric")
+    table = Table("metric", "n")
     for model in evaluation.models:
         table.add_column(model.model, justify="right", overflow="fold")
         if model.role == "tuned" and evaluation.comparisons:
@@ -21,7 +21,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
         estimates: list[Estimate | None] = [getattr(model, metric.key) for model in evaluation.models]
         if not any(estimates):
             continue
-        cells = [metric.name]
+        cells = [metric.name, "/".join(sorted({str(estimate.n) for estimate in estimates if estimate}))]
         for model, estimate in zip(evaluation.models, estimates, strict=True):
             cells.append("-" if estimate is None else _estimate(metric, estimate))
             if model.role == "tuned" and evaluation.comparisons:
@@ -43,7 +43,7 @@ def _estimate(metric: Metric, estimate: Estimate) -> str:
     else:
         digits = {"perplexity": 2, "score": 3, "tokens": 0}[metric.kind]
         value, low, high = (f"{number:.{digits}f}" for number in numbers)
-    return f"{value} ({low} to {high}), n={estimate.n}"
+    return f"{value} ({low} to {high})"
 
 
 def _comparison(comparison: Comparison | None) -> str:

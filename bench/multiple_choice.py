@@ -85,12 +85,7 @@ def measure_choice(engine: Engine, record: HeldOutRecord, new: Sequence[int]) ->
     question = choice_question(record)
     letters = LETTERS[: len(record.options)]
     spelled = [
-        [
-            id_
-            for part in engine.chat_format.encode_parts(Example(question, thought, f"{_CUE} {letter}"))
-            for id_ in part
-        ]
-        for letter in letters
+        engine.chat_format.encode(Example(question, thought, f"{_CUE} {letter}")).input_ids for letter in letters
     ]
     # All options share what comes before the letter: one evaluation gives the likelihood of each.
     shared = _common_prefix(spelled)
@@ -114,16 +109,17 @@ def extract_option(answer: str, options: Sequence[str]) -> int | None:
     """The option that an answer names, None where it names none or several.
 
     In this order: a letter that it calls the answer, a single line that begins with a letter as a label, the words of
-    exactly one option.
+    exactly one option. A letter beside the words of other options only ("A. sodium" where sodium is C) names none.
     """
     letters = LETTERS[: len(options)]
     stated = {letter for pair in _STATED.findall(answer) for letter in pair if letter and letter in letters}
     labels = {letter for letter in _LABEL.findall(answer) if letter in letters}
-    for found in (stated, labels):
-        if found:
-            return letters.index(found.pop()) if len(found) == 1 else None
     named = _options_named(answer, options)
-    return named.pop() if len(named) == 1 else None
+    found = {letters.index(letter) for letter in stated or labels}
+    if not found:
+        return named.pop() if len(named) == 1 else None
+    contradicted = bool(named) and not found <= named
+    return found.pop() if len(found) == 1 and not contradicted else None
 
 
 def calibration_parts(outcomes: Sequence[ChoiceOutcome]) -> Floats:

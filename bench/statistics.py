@@ -122,10 +122,9 @@ def paired_rates(successes: Sequence[bool], reference: Sequence[bool]) -> Differ
     neither = n - both - only_first - only_second
     first, second = wilson(both + only_first, n), wilson(both + only_second, n)
     product = both * neither - only_first * only_second
-    if product > 0:
-        product = max(product - n / 2, 0)
+    corrected = max(product - n / 2, 0) if product > 0 else product
     margins = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
-    phi = product / math.sqrt(margins) if margins else 0.0
+    phi = corrected / math.sqrt(margins) if margins else 0.0
 
     def distance(a: float, b: float) -> float:
         return math.sqrt(max(0.0, a * a - 2 * phi * a * b + b * b))

@@ -52,6 +52,7 @@ _DOWNLOAD_BYTES_PER_SECOND = 50e6
 _IMATRIX_TOKENS = 2048  # that an importance matrix is measured on (export/importance.py)
 # Verify loads every file and asks it for the vocabulary and the templates.
 _VERIFY_SECONDS, _VERIFY_SECONDS_PER_FILE = 12.0, 10.0
+_REFERENCE_QUESTIONS = 3  # that every evaluation asks (bench/held_out.py)
 _AUTO_BATCH_SHARE = 0.8  # of the memory: an estimate can be off by a quarter
 # Tokenizer libraries without a model, and a vocabulary's entry in them.
 _PREPARE_BYTES, _TOKEN_BYTES = 0.35 * GIBIBYTE, 1500
@@ -69,6 +70,7 @@ class Workload(BaseModel):
     mean_tokens: float
     mean_completion_tokens: float
     longest_tokens: int
+    share_with_options: float = 0.0
 
 
 class StageEstimate(BaseModel):
@@ -251,10 +253,13 @@ class Estimator:
         evaluation = self.config.evaluation
         rows = min(evaluation.rows, self.work.eval_rows)
         models = 2 if self.config.export.include_base else 1
+        choices = min(rows if evaluation.choice_rows is None else evaluation.choice_rows, rows)
+        choices = min(choices, math.ceil(rows * self.work.share_with_options))
+        asked = rows + choices + _REFERENCE_QUESTIONS
         # A model that has learned to end its turn writes about as much as the references, its base up to the limit.
-        written = rows * (min(1.3 * self.work.mean_completion_tokens, evaluation.max_new_tokens))
-        written += (models - 1) * rows * 0.8 * evaluation.max_new_tokens
-        read = models * rows * 2 * self.work.mean_tokens
+        written = asked * (min(1.3 * self.work.mean_completion_tokens, evaluation.max_new_tokens))
+        written += (models - 1) * asked * 0.8 * evaluation.max_new_tokens
+        read = models * (rows + choices) * 2 * self.work.mean_tokens
         decoding = max(
             self.cpu_flops * _CPU_DECODE / (2 * self.size.parameters), 1 / self._token_seconds(self.config.export.ship)
         )

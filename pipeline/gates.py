@@ -11,9 +11,10 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.metrics import METRIC_BY_KEY, METRICS, Metric
+from pipeline.metrics import METRICS, Metric
 
-_NAMES = {**METRIC_BY_KEY, "format": METRIC_BY_KEY["well_formed"]}
+_NAMES: dict[str, Metric] = {metric.key: metric for metric in METRICS}
+_NAMES["format"] = _NAMES["well_formed"]
 _LIMIT = re.compile(r"(>=|<=)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)")
 _COMMAND_LINE = re.compile(r"\s*(\w+)\s*=?\s*(\S.*)", re.DOTALL)
 
@@ -41,10 +42,10 @@ def parse_gate(name: str, condition: str) -> Gate:
     if metric is None:
         raise ValueError(f"there is no metric {name}: gates name {', '.join(each.key for each in METRICS)}, or format")
     condition = " ".join(condition.split())
-    if condition == "better" or condition == "not worse":
+    if condition in ("better", "not worse"):
         if metric.better is None:
             raise ValueError(f"{name} is neither better high nor low: give it a limit such as '<= 500'")
-        return Gate(metric, condition)
+        return Gate(metric, "better" if condition == "better" else "not worse")
     found = _LIMIT.fullmatch(condition)
     if found is None:
         raise ValueError(f"{name}: {condition!r} is no condition: write better, not worse, '>= NUMBER' or '<= NUMBER'")

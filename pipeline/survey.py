@@ -73,4 +73,5 @@ def workload_of(config: Config, records: Sequence[Record], survey: Survey) -> Wo
         mean_tokens=sum(each.whole for each in counts) / count,
         mean_completion_tokens=sum(each.thought + each.answer for each in counts) / count,
         longest_tokens=max((each.whole for each in counts), default=0),
+        share_with_options=sum(record.options is not None for record in records) / count,
     )

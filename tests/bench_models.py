@@ -41,14 +41,28 @@ class FakeEngine:
     on_gpu = False
     bytes_per_token = 900
 
-    def __init__(self, output: str = "<think>\nbecause\n</think>\n\nso", log_probability: float = -0.5) -> None:
+    def __init__(
+        self,
+        output: str = "<think>\nbecause\n</think>\n\nso",
+        log_probability: float = -0.5,
+        likely_letter: str = "B",
+    ) -> None:
         self.chat_format = ChatFormat(CHATML, ByteVocabulary())
         self.asked: list[str] = []
+        self.scored: list[str] = []
+        self.likely_letter = likely_letter
         self._output = output
         self._log_probability = log_probability
 
     def token_log_probabilities(self, ids: Sequence[int]) -> npt.NDArray[np.float64]:
         return np.full(len(ids) - 1, self._log_probability)
+
+    def next_log_probabilities(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """``likely_letter`` stands out, whatever the ids."""
+        self.scored.append(bytes(token for token in ids if token < 256).decode())
+        values = np.full(self.vocabulary_size, -10.0, dtype=np.float32)
+        values[ord(self.likely_letter)] = -0.5
+        return values
 
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
         self.asked.append(bytes(token for token in ids if token < 256).decode())

@@ -13,7 +13,9 @@ from tiny_models import CHATML, save_model
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from bench.engines import LlamaCppEngine, Settings, TransformersEngine
-from bench.evaluate import EvaluationSettings, evaluate_one
+from bench.evaluation_processes import evaluate_one
+from bench.held_out import HeldOutRecord
+from bench.record_outcome import EvaluationSettings
 from bench.speed_probe import ProbeRequest, measure
 from chat import proof
 from export.export import export_models
@@ -136,7 +138,7 @@ def test_a_swapped_template_is_found_wherever_the_file_is_used(
         proof.prove(swapped)
     settings = EvaluationSettings(max_new_tokens=4, engine=Settings(context_tokens=256, threads=1))
     with pytest.raises(MedcotError, match=told):
-        evaluate_one(swapped, EXAMPLES, tmp_path, settings)
+        evaluate_one(swapped, [HeldOutRecord(example) for example in EXAMPLES], tmp_path, settings)
     request = ProbeRequest(label="x", path=swapped, threads=1, prompt_tokens=8, generated_tokens=4, repeats=1)
     with pytest.raises(MedcotError, match=told):  # bench
         measure(request)

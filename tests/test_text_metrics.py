@@ -1,11 +1,12 @@
-"""ROUGE-L and BLEU-4 against values published or worked out by hand."""
+"""ROUGE and BLEU-4 against values published or worked out by hand."""
 
 import math
 
+import numpy as np
 import pytest
 from sacrebleu.metrics import BLEU
 
-from bench.text_metrics import bleu_4, bleu_counts, bleu_signature, rouge
+from bench.text_metrics import bleu_4, bleu_4_of_sums, bleu_counts, bleu_signature, rouge
 
 
 @pytest.mark.parametrize(
@@ -52,3 +53,21 @@ def test_bleu_4_of_several_answers_is_that_of_their_counts() -> None:
 
 def test_the_signature_names_tokenizer_and_smoothing() -> None:
     assert bleu_signature().startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
+
+
+def test_rouge_1_and_2_by_hand() -> None:
+    # ROUGE's own definition (Lin 2004, section 2): five of six reference words and three of five pairs are found.
+    scores = rouge("the cat sat on the mat today", "the cat is on the mat")
+    assert scores.rouge_1 == pytest.approx(2 * (5 / 7) * (5 / 6) / (5 / 7 + 5 / 6))
+    assert scores.rouge_2 == pytest.approx(2 * (3 / 6) * (3 / 5) / (3 / 6 + 3 / 5))
+    # The example in rouge-score's README: precision 0.75 and recall 0.67 for single words.
+    readme = rouge("The quick brown dog jumps on the log.", "The quick brown fox jumps over the lazy dog")
+    assert readme.rouge_1 == pytest.approx(2 * (6 / 8) * (6 / 9) / (6 / 8 + 6 / 9))
+    assert rouge("", "a reference") == (0, 0, 0)
+
+
+def test_sums_of_draws_are_scored_row_by_row() -> None:
+    one = bleu_counts("the cat sat on the mat today", "the cat is on the mat")
+    other = bleu_counts("a dog ran by the sea", "a dog ran to the sea")
+    sums = np.array([one, one + other], dtype=np.float64)
+    assert bleu_4_of_sums(sums) == pytest.approx([bleu_4(one), bleu_4(one + other)])
