@@ -18,14 +18,14 @@ from pydantic import BaseModel, ValidationError
 from pipeline.errors import MedcotError
 from pipeline.processes import end_with_parent
 
-_REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parent.parent
 Request = TypeVar("Request", bound=BaseModel)
 Result = TypeVar("Result", bound=BaseModel)
 
 
 def ask(module: str, request: BaseModel, result: type[Result], what: str) -> Result:
     """Run ``python -m module`` on the request; MedcotError says that ``what`` failed, and why."""
-    search_path = os.pathsep.join(filter(None, [str(_REPOSITORY), os.environ.get("PYTHONPATH")]))
+    search_path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     child = subprocess.run(
         [sys.executable, "-m", module],
         input=request.model_dump_json(),

@@ -17,8 +17,7 @@ from bench import statistics
 from export.gguf_model import GgufModel
 from export.verify_logits import kl_divergence, log_softmax
 from pipeline.errors import MedcotError
-from pipeline.prompts import EncodedExample
-from pipeline.results import Estimate
+from pipeline.results import Estimate, TokenDivergence
 
 REFERENCE = "reference"
 _LOGITS_BLOCK = 64  # positions held at a time, for each model
@@ -26,26 +25,26 @@ _LOGITS_BLOCK = 64  # positions held at a time, for each model
 
 @dataclass(frozen=True)
 class Divergence:
-    """One model against the reference on one completion: sums over its ``tokens``."""
+    """One model against the reference, one value a token [tokens]: its loss and the divergence (nats)."""
 
-    tokens: int
-    nll: float
-    kl: float
-    same_top: int
+    nll: npt.NDArray[np.float64]
+    kl: npt.NDArray[np.float64]
+    same_top: npt.NDArray[np.bool_]
 
-    def __add__(self, other: Divergence) -> Divergence:
-        return Divergence(
-            self.tokens + other.tokens, self.nll + other.nll, self.kl + other.kl, self.same_top + other.same_top
+    @property
+    def tokens(self) -> int:
+        return len(self.kl)
+
+    def __getitem__(self, part: slice) -> Divergence:
+        return Divergence(self.nll[part], self.kl[part], self.same_top[part])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Divergence]) -> Divergence:
+        return cls(
+            np.concatenate([part.nll for part in parts]),
+            np.concatenate([part.kl for part in parts]),
+            np.concatenate([part.same_top for part in parts]),
         )
-
-
-@dataclass(frozen=True)
-class Summary:
-    """One model against the reference over all records; divergence in nats a token."""
-
-    perplexity: Estimate
-    mean_kl: Estimate
-    top1_agreement: Estimate
 
 
 def divergence(
@@ -54,20 +53,23 @@ def divergence(
     """Compare two models' logits [positions, vocabulary]; ``following`` [positions] are the tokens that came next."""
     log_p, log_q = log_softmax(reference), log_softmax(other)
     return Divergence(
-        tokens=len(following),
-        nll=float(-log_q[np.arange(len(following)), following].sum(dtype=np.float64)),
-        kl=float(kl_divergence(log_p, log_q).sum()),
-        same_top=int((reference.argmax(axis=1) == other.argmax(axis=1)).sum()),
+        nll=-log_q[np.arange(len(following)), following].astype(np.float64),
+        kl=kl_divergence(log_p, log_q),
+        same_top=reference.argmax(axis=1) == other.argmax(axis=1),
     )
 
 
-def compare(reference: GgufModel, models: Mapping[str, GgufModel], example: EncodedExample) -> dict[str, Divergence]:
-    """Every model on one example's completion, its prompt being given; the reference itself under REFERENCE."""
-    ids = example.input_ids
-    first = len(example.prompt_ids)
+def compare(
+    reference: GgufModel, models: Mapping[str, GgufModel], ids: Sequence[int], first: int
+) -> dict[str, Divergence]:
+    """Every model on ``ids`` from number ``first`` (at least 1) on, the ones before being given.
+
+    The reference itself is under REFERENCE. Models are evaluated side by side, a block of logits of each at a time,
+    so memory does not grow with the text.
+    """
     if any(model.n_vocab != reference.n_vocab for model in models.values()):
         raise MedcotError(f"{reference.path} has another vocabulary than a model it is compared with.")
-    totals = {name: Divergence(0, 0.0, 0.0, 0) for name in (REFERENCE, *models)}
+    parts: dict[str, list[Divergence]] = {name: [] for name in (REFERENCE, *models)}
     start = 0
     streams = [model.logits(ids, chunk=_LOGITS_BLOCK) for model in (reference, *models.values())]
     for expected, *found in zip(*streams, strict=True):
@@ -76,19 +78,22 @@ def compare(reference: GgufModel, models: Mapping[str, GgufModel], example: Enco
         if len(rows):
             chosen = slice(rows.start, rows.stop)
             following = np.asarray(ids[start + rows.start + 1 : start + rows.stop + 1])
-            for name, logits in zip(totals, (expected, *found), strict=True):
-                totals[name] += divergence(expected[chosen], logits[chosen], following)
+            for name, logits in zip(parts, (expected, *found), strict=True):
+                parts[name].append(divergence(expected[chosen], logits[chosen], following))
         start += len(expected)
-    return totals
+    return {name: Divergence.joined(each) for name, each in parts.items()}
 
 
-def summarize(records: Sequence[Divergence]) -> Summary:
+def summarize(records: Sequence[Divergence]) -> TokenDivergence:
     """One model over records; intervals are 95 %, those of means by resampling records."""
     tokens = [record.tokens for record in records]
-    return Summary(
-        perplexity=statistics.perplexity([record.nll for record in records], tokens),
-        mean_kl=mean_per_token([record.kl for record in records], tokens),
-        top1_agreement=statistics.wilson(sum(record.same_top for record in records), sum(tokens)),
+    together = Divergence.joined(records)
+    return TokenDivergence(
+        tokens=together.tokens,
+        perplexity=statistics.perplexity([float(record.nll.sum()) for record in records], tokens),
+        mean_kl=mean_per_token([float(record.kl.sum()) for record in records], tokens),
+        p99_kl=float(np.percentile(together.kl, 99)),
+        top1_agreement=statistics.wilson(int(together.same_top.sum()), together.tokens),
     )
 
 

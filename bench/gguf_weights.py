@@ -19,6 +19,17 @@ class GgufWeights:
     bytes_per_token: int
 
 
+def is_model(path: Path) -> bool:
+    """False for the other things that GGUFs hold: adapters, importance matrices. Of a damaged file loading tells."""
+    import gguf
+
+    try:
+        kind = gguf.GGUFReader(path).fields.get(gguf.Keys.General.TYPE)
+    except (ValueError, IndexError, OSError):
+        return True
+    return kind is None or kind.contents() == gguf.GGUFType.MODEL
+
+
 def weights_of(path: Path) -> GgufWeights:
     """Raises MedcotError for a file that is not a whole GGUF."""
     import gguf

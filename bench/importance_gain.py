@@ -12,7 +12,6 @@ import ctypes
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -134,7 +133,7 @@ def _compare(
         }
         results: dict[str, list[Divergence]] = {name: [] for name in (REFERENCE, *paths)}
         for index, example in enumerate(encoded, start=1):
-            for name, record in compare(reference, opened, example).items():
+            for name, record in compare(reference, opened, example.input_ids, len(example.prompt_ids)).items():
                 results[name].append(record)
             _CONSOLE.print(f"record {index} of {len(encoded)}", highlight=False)
     return results
@@ -153,22 +152,28 @@ def _report(records: dict[str, list[Divergence]], quantizations: Sequence[str], 
         Console().print(
             f"{name}: mean KL divergence changes by {_shown(gain, 5)}, paired over records", highlight=False
         )
-    summary_json = {
-        name: {key: value.model_dump() for key, value in vars(summary).items()} for name, summary in summaries.items()
-    }
     write_json(
         out / "gain.json",
         {
-            "summaries": summary_json,
+            "summaries": {name: summary.model_dump() for name, summary in summaries.items()},
             "mean_kl_change": {name: gain.model_dump() for name, gain in gains.items()},
-            "records": {name: [asdict(record) for record in each] for name, each in records.items()},
+            "records": {name: [_sums(record) for record in each] for name, each in records.items()},
         },
     )
 
 
+def _sums(record: Divergence) -> dict[str, float]:
+    return {
+        "tokens": record.tokens,
+        "nll": float(record.nll.sum()),
+        "kl": float(record.kl.sum()),
+        "same_top": int(record.same_top.sum()),
+    }
+
+
 def _gain(plain: Sequence[Divergence], weighted: Sequence[Divergence]) -> Estimate:
     """Change of the mean divergence with the importance matrix, on the same records."""
-    differences = [with_it.kl - without.kl for with_it, without in zip(weighted, plain, strict=True)]
+    differences = [float((with_it.kl - without.kl).sum()) for with_it, without in zip(weighted, plain, strict=True)]
     return mean_per_token(differences, [record.tokens for record in plain])
 
 

@@ -1,89 +1,147 @@
-"""How fast and how large: every GGUF under llama.cpp, and the trained model under transformers.
+"""How fast, how large and how exact: every GGUF under llama.cpp, and the trained model under transformers.
 
     medcot bench runs/smollm2-cpu/gguf/*.gguf
 
-Each model is measured by ``bench/speed_probe.py`` in a process of its own.
+Each model is measured by ``bench/speed_probe.py`` in a process of its own, then the GGUFs are compared with the most
+exact of them (``bench/quality.py``).
 """
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
+import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
-from pydantic import ValidationError
 from rich.console import Console
-from rich.table import Table
 
+from bench import child
+from bench.bandwidth import measure_bandwidth
+from bench.gguf_weights import is_model
+from bench.quality import QualityRequest, candidates, measure_quality
+from bench.recommendation import recommend
 from bench.speed_probe import ProbeRequest
-from bench.statistics import percentile
-from pipeline.artifacts import Artifact, write_json
+from pipeline.artifacts import MANIFEST_NAME, Artifact, write_json
 from pipeline.config import BenchConfig, Config
 from pipeline.errors import MedcotError
-from pipeline.hardware import cpu_name, usable_cores
-from pipeline.results import Benchmark, ExportedModels, Speed
+from pipeline.hardware import cpu_name, may_have_gpu, usable_cores
+from pipeline.prompts import Example
+from pipeline.results import AnswerLength, Benchmark, Evaluation, ExportedModels, FileQuality, Speed
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+# Without an evaluation: about the length of medical-o1-reasoning-SFT's reasoning and answers in Llama 3's tokens.
+ASSUMED_LENGTH = AnswerLength(thought_tokens=500, answer_tokens=400, source="assumed, nothing was evaluated")
+_LIBRARIES = ("llama-cpp-python", "transformers", "torch", "peft", "bitsandbytes", "numpy")
 
 
 def bench(config: Config, inputs: dict[str, Path], out_dir: Path) -> Benchmark:
     """The stage: all exported GGUFs and, if the configuration says so, base + adapter under transformers."""
+    from pipeline.prepare import load_examples
+
     exported = Artifact.load(inputs["export"], ExportedModels)
+    settings = config.bench
     requests = [
-        _request(exported.path / file.name, config.bench, config.seed, config.prompt.system)
+        _request(exported.path / file.name, settings, config.seed, config.prompt.system)
         for file in exported.result.files
     ]
-    if config.bench.transformers:
+    if settings.transformers:
         requests.append(_transformers_request(config, inputs["train"]))
-    return _measure_all(requests, out_dir)
-
-
-def bench_files(
-    paths: Sequence[Path], *, repeats: int = 5, out_dir: Path | None = None, threads: int | None = None
-) -> Benchmark:
-    """The command: GGUF files, model folders and adapter folders; ``out_dir`` None writes no file."""
-    return bench_models(paths, BenchConfig.model_validate({"repeats": repeats}), out_dir, threads=threads)
+    held_out = load_examples(inputs["prepare"] / "eval.jsonl")
+    evaluation = Artifact.load(inputs["evaluate"], Evaluation).result
+    tuned = {file.name for file in exported.result.files if file.role == "tuned"}
+    return _measure_all(
+        requests,
+        settings,
+        out_dir,
+        comparable=tuned,
+        held_out=held_out[: settings.quality_records],
+        context_tokens=config.model.max_seq_length,
+        answer_length=answer_length(evaluation, exported.result.ship) or ASSUMED_LENGTH,
+    )
 
 
 def bench_models(
-    paths: Sequence[Path], settings: BenchConfig, out_dir: Path | None, *, threads: int | None = None
+    paths: Sequence[Path], settings: BenchConfig, out_dir: Path | None, *, data: Path | None = None
 ) -> Benchmark:
+    """The command: GGUF files, model folders and adapter folders; ``out_dir`` None writes no file.
+
+    ``data`` are held-out records to compare the GGUFs on; without them a run's own are taken where there are.
+    """
     for path in paths:
         if not path.exists():
             raise MedcotError(f"{path} does not exist: name a GGUF or a model's folder.")
-    return _measure_all([_request(path, settings, 0, None, threads) for path in paths], out_dir)
+    paths = _models(paths)
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise MedcotError(f"Two models are called {twice}: rename one, since results go by the file's name.")
+    return _measure_all(
+        [_request(path, settings, 0, None) for path in paths],
+        settings,
+        out_dir,
+        comparable=set(names) - _bases(paths),
+        held_out=_held_out(data or _data_of_run(paths[0]), settings.quality_records),
+        context_tokens=settings.context_tokens or 2048,
+        answer_length=ASSUMED_LENGTH,
+    )
 
 
-def print_benchmark(benchmark: Benchmark) -> None:
-    """One row a model on standard output, medians of the repeats."""
-    table = Table("model", "weights", "prompt, tokens/s", "generation, tokens/s", "first token, s", "peak memory, MB")
-    for model in benchmark.models:
-        table.add_row(
-            model.model,
-            f"{model.engine}, {model.weights}",
-            f"{percentile(model.prompt_tokens_per_second, 0.5):.0f}",
-            f"{percentile(model.generated_tokens_per_second, 0.5):.1f}",
-            f"{percentile(model.time_to_first_token_seconds, 0.5):.2f}",
-            f"{model.peak_memory_bytes / 1e6:.0f}",
-        )
-    Console().print(table)
-    Console().print(f"{benchmark.machine}; {benchmark.threads} threads", highlight=False)
+def answer_length(evaluation: Evaluation, model: str) -> AnswerLength | None:
+    """What the evaluated ``model`` wrote on average; None where it was not evaluated."""
+    measured = next((each for each in evaluation.models if each.model == model), None)
+    if measured is None or measured.mean_new_tokens <= 0:
+        return None
+    thought = measured.thought_tokens.value if measured.thought_tokens else 0.0
+    return AnswerLength(
+        thought_tokens=min(thought, measured.mean_new_tokens),
+        answer_tokens=max(0.0, measured.mean_new_tokens - thought),
+        source=f"mean of {model}'s {measured.finished.n} evaluated answers",
+    )
 
 
-def _request(
-    path: Path, settings: BenchConfig, seed: int, system: str | None, threads: int | None = None
-) -> ProbeRequest:
+def _models(paths: Sequence[Path]) -> list[Path]:
+    """Without what else lies in a run's gguf/ folder and its *.gguf means too."""
+    models = [path for path in paths if path.is_dir() or is_model(path)]
+    left_out = [path.name for path in paths if path not in models]
+    if not models:
+        raise MedcotError(f"{', '.join(left_out)}: no model, but an adapter or an importance matrix.")
+    if left_out:
+        Console(stderr=True).print(f"Not measured, since no models: {', '.join(left_out)}", highlight=False)
+    return models
+
+
+def _bases(paths: Sequence[Path]) -> set[str]:
+    """Names of files that a run made of the base alone: another model, not a quantization of the tuned one."""
+    folders = {path.parent for path in paths if (path.parent / MANIFEST_NAME).is_file() and not path.is_dir()}
+    exported = [Artifact.load(folder, ExportedModels).result for folder in folders]
+    return {file.name for result in exported for file in result.files if file.role == "base"}
+
+
+def _data_of_run(gguf: Path) -> Path | None:
+    """The held-out records beside a run's gguf/ folder."""
+    path = gguf.resolve().parent.parent / "data" / "eval.jsonl"
+    return path if path.is_file() else None
+
+
+def _held_out(data: Path | None, records: int) -> list[Example]:
+    from bench.evaluate import read_examples
+
+    return [] if data is None or records == 0 else read_examples(data, records)
+
+
+def _request(path: Path, settings: BenchConfig, seed: int, system: str | None) -> ProbeRequest:
     return ProbeRequest(
         label=path.name,
         path=path,
-        threads=threads or usable_cores(),
+        threads=settings.threads or usable_cores(),
         prompt_tokens=settings.prompt_tokens,
         generated_tokens=settings.generated_tokens,
         repeats=settings.repeats,
+        # A model under transformers is there to compare with at depth 0: evaluating the depth takes it minutes.
+        depths=() if path.is_dir() else tuple(sorted({depth for depth in settings.depths if depth > 0})),
+        context_tokens=settings.context_tokens,
+        flash_attention=settings.flash_attention,
+        kv_type=settings.kv_type,
+        gpu_layers=settings.gpu_layers,
         seed=seed,
         system=system,
     )
@@ -103,16 +161,71 @@ def _transformers_request(config: Config, adapter: Path) -> ProbeRequest:
     )
 
 
-def _measure_all(requests: Sequence[ProbeRequest], out_dir: Path | None) -> Benchmark:
+def _measure_all(
+    requests: Sequence[ProbeRequest],
+    settings: BenchConfig,
+    out_dir: Path | None,
+    *,
+    comparable: set[str],
+    held_out: Sequence[Example],
+    context_tokens: int,
+    answer_length: AnswerLength,
+) -> Benchmark:
     console = Console(stderr=True)
     speeds = []
     for number, request in enumerate(requests, start=1):
         with console.status(f"bench {number}/{len(requests)}: {request.label}"):
             speeds.append(probe(request))
-    benchmark = Benchmark(machine=machine_name(), threads=requests[0].threads, models=speeds)
+    with console.status("bench: memory bandwidth"):
+        bandwidth = measure_bandwidth(requests[0].threads)
+    files = [
+        (request.path, speed)
+        for request, speed in zip(requests, speeds, strict=True)
+        if request.is_gguf and request.label in comparable
+    ]
+    with console.status("bench: quality"):
+        quality, note = _quality(files, held_out, context_tokens, requests[0])
+    benchmark = Benchmark(
+        machine=machine_name(),
+        threads=requests[0].threads,
+        models=speeds,
+        gpu=_gpu_name(),
+        versions=_versions(),
+        bandwidth=bandwidth,
+        answer_length=answer_length,
+        quality=quality,
+        quality_note=note,
+        recommendation=recommend(speeds, quality, settings.quality_budget, settings.memory_budget_gb),
+    )
     if out_dir is not None:
         write_json(out_dir / "benchmark.json", benchmark.model_dump(mode="json"))
     return benchmark
+
+
+def _quality(
+    files: Sequence[tuple[Path, Speed]], held_out: Sequence[Example], context_tokens: int, like: ProbeRequest
+) -> tuple[list[FileQuality], str | None]:
+    """The comparison, or why there is none: speeds that were measured are not lost by it."""
+    if not held_out:
+        return [], "not measured: no held-out records were named (--data FILE)"
+    chosen = candidates(files)
+    if chosen.reference is None:
+        return [], f"not measured: {chosen.note}"
+    request = QualityRequest(
+        reference=chosen.reference,
+        models=chosen.others,
+        examples=[(example.question, example.reasoning, example.answer) for example in held_out],
+        context_tokens=context_tokens,
+        threads=like.threads,
+        gpu_layers=like.gpu_layers,
+        system=like.system,
+    )
+    try:
+        quality = measure_quality(request)
+    except MedcotError as error:
+        return [], f"not measured: {error}"
+    left_out = len(held_out) - quality[0].records
+    return quality, f"{left_out} records are longer than {context_tokens} tokens" if left_out else None
 
 
 def machine_name() -> str:
@@ -120,31 +233,23 @@ def machine_name() -> str:
     return f"{cpu_name()}, {psutil.cpu_count()} cores, {psutil.virtual_memory().total / 1e9:.0f} GB"
 
 
+def _gpu_name() -> str | None:
+    if not may_have_gpu():
+        return None
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+
+
+def _versions() -> dict[str, str]:
+    from export.gguf_model import llama_cpp_build
+
+    installed = {
+        each.metadata["Name"].lower().replace("_", "-"): each.version for each in importlib.metadata.distributions()
+    }
+    return {name: installed[name] for name in _LIBRARIES if name in installed} | {"llama.cpp": llama_cpp_build()}
+
+
 def probe(request: ProbeRequest) -> Speed:
     """Measure one model in a child process; MedcotError names the model when the child fails or dies."""
-    search_path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-    child = subprocess.run(
-        [sys.executable, "-m", "bench.speed_probe"],
-        input=request.model_dump_json(),
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": search_path},
-        check=False,
-    )
-    last_line = (child.stdout.strip().splitlines() or [""])[-1]
-    if child.returncode == 0:
-        try:
-            return Speed.model_validate_json(last_line)
-        except ValidationError as error:
-            raise MedcotError(f"Measuring {request.label} gave no result (last line: {last_line!r:.80}).") from error
-    raise MedcotError(f"Measuring {request.label} failed: {_reason(child)}")
-
-
-def _reason(child: subprocess.CompletedProcess[str]) -> str:
-    said = (child.stderr.strip().splitlines() or ["no message"])[-1]
-    if child.returncode >= 0:
-        return said
-    number = -child.returncode
-    if number == signal.SIGKILL:
-        return "the process was killed, most often for want of memory: close programs or take a smaller model."
-    return f"the process died of {signal.Signals(number).name}; the file may be damaged ({said:.200})."
+    return child.ask("bench.speed_probe", request, Speed, f"Measuring {request.label}")

@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.table import Table
 
-from bench.speed import REPOSITORY, machine_name
+from bench.child import REPOSITORY
+from bench.speed import machine_name
 from bench.statistics import percentile
 from bench.training_probe import RESULT_NAME, TimedSteps, TrainingRequest, Way
 from pipeline.artifacts import package_versions

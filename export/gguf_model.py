@@ -239,6 +239,15 @@ class GgufModel:
         return b"".join(pieces)
 
 
+def llama_cpp_build() -> str:
+    """llama.cpp's commit and the ggml version that llama-cpp-python was built from."""
+    from export.ggml import library_path
+
+    ggml = ctypes.CDLL(str(library_path()))
+    ggml.ggml_commit.restype = ggml.ggml_version.restype = ctypes.c_char_p
+    return f"{ggml.ggml_commit().decode()} (ggml {ggml.ggml_version().decode()})"
+
+
 def supports_gpu() -> bool:
     """Whether this llama-cpp-python can put layers on a GPU."""
     return bool(llama_cpp.llama_supports_gpu_offload())

@@ -359,17 +359,70 @@ def evaluate(
 
 @cli.command()
 @click.argument("models", nargs=-1, required=True, type=EXISTING_GGUF)
+@click.option("--data", type=click.Path(path_type=Path), help="Held-out records to compare on [default: the run's].")
 @click.option("--out", type=click.Path(path_type=Path), help="Also write benchmark.json into this folder.")
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option(
+    "--depth", "depths", type=click.IntRange(min=0), multiple=True, metavar="TOKENS",
+    help="Also measure with so many tokens in the context; may be repeated.",
+)  # fmt: skip
+@click.option("--threads", type=click.IntRange(min=1), help="[default: one per physical core]")
+@click.option(
+    "--ctx", "context_tokens", type=click.IntRange(min=64), help="Context (tokens) [default: what is needed]."
+)
+@click.option("--kv-type", type=click.Choice(["f32", "f16", "bf16", "q8_0", "q4_0"]), default="f16", show_default=True)
+@click.option("--flash-attention", is_flag=True, help="llama.cpp's flash attention; q8_0 and q4_0 caches need it.")
+@click.option("--gpu-layers", type=click.IntRange(min=-1), default=0, show_default=True, help="On the GPU; -1: all.")
+@click.option("--max-kl", type=click.FloatRange(min=0, min_open=True), help="Quality budget: mean divergence (nats).")
+@click.option("--min-top1", type=click.FloatRange(min=0, max=1), help="Quality budget: same likeliest token (share).")
+@click.option(
+    "--memory-gb", type=click.FloatRange(min=0, min_open=True), help="Memory budget (1e9 bytes) [default: 8]."
+)
 @json_option
-def bench(models: tuple[Path, ...], out: Path | None, repeats: int, as_json: bool) -> None:
-    """Measure tokens per second, time to first token and peak memory of GGUFs on this machine.
+def bench(
+    models: tuple[Path, ...],
+    data: Path | None,
+    out: Path | None,
+    repeats: int,
+    depths: tuple[int, ...],
+    threads: int | None,
+    context_tokens: int | None,
+    kv_type: str,
+    flash_attention: bool,
+    gpu_layers: int,
+    max_kl: float | None,
+    min_top1: float | None,
+    memory_gb: float | None,
+    as_json: bool,
+) -> None:
+    """Measure models on this machine: speed, memory, loading, and what quantization cost; recommend a file.
 
-    Example: medcot bench gguf/*.gguf
+    MODELS are GGUFs of one model, or folders of models or adapters (under transformers). Their most exact file is
+    what the others are held against; the smallest one inside the budgets is recommended.
+
+    \b
+    Example: medcot bench runs/smollm2-cpu/gguf/*.gguf
+             medcot bench gguf/*.gguf --data held_out.jsonl --depth 2048 --threads 4
     """
-    from bench.speed import bench_files, print_benchmark
+    from bench.benchmark_display import print_benchmark
+    from bench.speed import bench_models
+    from pipeline.config import BenchConfig
 
-    result = bench_files(models, repeats=repeats, out_dir=out)
+    if kv_type.startswith("q") and not flash_attention:
+        raise click.UsageError(f"--kv-type {kv_type} needs --flash-attention.")
+    budget = {"max_mean_kl": max_kl, "min_top1_agreement": min_top1}
+    given = {
+        "repeats": repeats,
+        "depths": (0, *depths),
+        "threads": threads,
+        "context_tokens": context_tokens,
+        "kv_type": kv_type,
+        "flash_attention": flash_attention,
+        "gpu_layers": gpu_layers,
+        "quality_budget": {key: value for key, value in budget.items() if value is not None},
+        **({} if memory_gb is None else {"memory_budget_gb": memory_gb}),
+    }
+    result = bench_models(models, BenchConfig.model_validate(given), out, data=data)
     if as_json:
         _print_json(result.model_dump(mode="json"))
     else:

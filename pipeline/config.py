@@ -236,7 +236,7 @@ class BenchConfig(Section):
     repeats: int = Field(5, ge=1)
     transformers: bool = Field(True, description="Also measure base + adapter under transformers.")
     depths: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        (0, 2048), min_length=1, description="Tokens in the context before a GGUF's speed test; 0 is always measured."
+        (0,), min_length=1, description="Tokens in the context before a GGUF's speed test; 0 is always measured."
     )
     threads: int | None = Field(None, ge=1, description="Null: one per physical core.")
     context_tokens: int | None = Field(None, ge=64, description="Null: what the tests need, 512 at least.")

@@ -369,16 +369,16 @@ class Speed(Measurement):
         return [prompt, generation, *self.deeper]
 
     def seconds_to_answer(self, length: AnswerLength) -> float:
-        """What a person waits: time to first token + thought / speed + answer / speed."""
-        first = statistics.median(self.time_to_first_token_seconds)
-        pace = statistics.fmean(self.generated_tokens_per_second)
-        return first + (length.thought_tokens + length.answer_tokens) / pace
+        """What a person waits: time to first token + thought / speed + answer / speed.
 
-    def roofline_share(self, bytes_per_second: float) -> float | None:
-        """Bytes of weights read each second over what the memory delivers; above 1 where a cache holds them."""
-        if self.bytes_per_token is None:
-            return None
-        return statistics.fmean(self.generated_tokens_per_second) * self.bytes_per_token / bytes_per_second
+        The speed is that of real answers, sampling included, where they had two tokens.
+        """
+        first = statistics.median(self.time_to_first_token_seconds)
+        if self.inter_token_seconds:
+            pace = 1 / statistics.fmean(self.inter_token_seconds)
+        else:
+            pace = statistics.fmean(self.generated_tokens_per_second)
+        return first + (length.thought_tokens + length.answer_tokens) / pace
 
 
 class TokenDivergence(Measurement):
@@ -433,6 +433,12 @@ class Benchmark(Measurement):
     quality: list[FileQuality] = Field(default=[], description="The reference first.")
     quality_note: str | None = Field(default=None, description="Why there is no quality, or what to know of it.")
     recommendation: Recommendation | None = None
+
+    def roofline_share(self, speed: Speed) -> float | None:
+        """Weights read a second over what the memory delivers: above 1 where a cache holds them; None on a GPU."""
+        if speed.bytes_per_token is None or self.bandwidth is None or speed.peak_gpu_bytes is not None:
+            return None
+        return statistics.fmean(speed.generated_tokens_per_second) * speed.bytes_per_token / self.bandwidth.best
 
 
 class Report(Measurement):

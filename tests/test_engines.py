@@ -148,8 +148,13 @@ def test_text_and_timings(which: str, request: pytest.FixtureRequest) -> None:
     engine: engines.Engine = request.getfixturevalue(which)
     ids = engine.chat_format.encode(EXAMPLE).input_ids
     assert engine.text(ids).endswith("Type 2 diabetes.<|im_end|>")
-    assert engine.prompt_seconds(ids) > 0
-    assert engine.decode_seconds(ids[:5]) > 0
+    for before in ([], ids[:7]):
+        assert len(engine.prompt_seconds(ids, 2, before)) == len(engine.decode_seconds(ids[:5], 2, before)) == 2
+    prompt = engine.chat_format.question_ids("What is metformin for?")
+    times = engine.answer_times(prompt, 6, 0)
+    assert 1 <= len(times) <= 6 and times == sorted(times) and times[0] > 0
+    # Timing leaves nothing behind that a later answer would see.
+    assert engine.generate(prompt, 6) == engine.generate(prompt, 6)
     assert max(ids) < engine.vocabulary_size
     assert engine.file_bytes > 100_000
 
