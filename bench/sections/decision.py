@@ -119,6 +119,9 @@ def _recommendation(benchmark: Benchmark | None, shipped: ExportedFile | None) -
     found = None if benchmark is None else benchmark.recommendation
     if found is None:
         return
-    same = shipped is not None and found.model == shipped.name
-    what = f"the benchmark recommends {'the same file' if same else found.model}" if found.model else "no file fits"
-    yield Line(f"Of all files {what}: {found.reason}", "good" if same else "neutral")
+    if found.model is None:
+        yield Line(f"Recommended by the benchmark: {found.reason}")
+    elif shipped is not None and found.model == shipped.name:
+        yield Line("Of the files measured it is the smallest inside the budgets of quality and memory.", "good")
+    else:
+        yield Line(f"The benchmark recommends {found.model}: the smallest inside the budgets of quality and memory.")

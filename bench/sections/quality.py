@@ -19,7 +19,7 @@ def quality_section(benchmark: Benchmark | None, exported: ExportedModels | None
     text = [] if benchmark.quality_note is None else [benchmark.quality_note]
     recommendation = benchmark.recommendation
     if recommendation is not None:
-        text.insert(0, f"Recommended: {recommendation.model or 'none of the files'}. {recommendation.reason}")
+        text.insert(0, recommendation.reason)
     if not benchmark.quality:
         return Section(TITLE, tuple(text))
     sizes = {speed.model: speed.file_bytes for speed in benchmark.models if speed.file_bytes is not None}

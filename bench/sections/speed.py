@@ -55,7 +55,7 @@ def _settings(models: Sequence[Speed]) -> Iterator[str]:
 
 def _pace_table(benchmark: Benchmark) -> Table:
     names = list(dict.fromkeys(test.name for speed in benchmark.models for test in speed.tests))
-    bandwidth = benchmark.bandwidth
+    shares = [benchmark.roofline_share(speed) for speed in benchmark.models]
     energy = any(speed.energy is not None and speed.energy.joules_per_token is not None for speed in benchmark.models)
 
     def row(speed: Speed) -> tuple[str, ...]:
@@ -64,8 +64,8 @@ def _pace_table(benchmark: Benchmark) -> Table:
         for name in names:
             test = tests.get(name)
             cells.append("" if test is None else f"{test.mean:,.1f} ± {test.standard_deviation:,.1f}")
-        if bandwidth is not None:
-            share = speed.roofline_share(bandwidth.best)
+        if any(shares):
+            share = benchmark.roofline_share(speed)
             cells.append("" if share is None else percent(share))
         if energy:
             joules = None if speed.energy is None else speed.energy.joules_per_token
@@ -79,7 +79,7 @@ def _pace_table(benchmark: Benchmark) -> Table:
         "once, tg writes so many one by one; @ d: with so many in the context already. Sampling is excluded. "
         f"{repeats} repeats after a warm-up, each model in a process of its own."
     )
-    if bandwidth is not None:
+    if any(shares):
         header.append("Share of bandwidth")
         note += " Share of bandwidth: bytes of weights read for generation, of what the memory delivers."
     if energy:
