@@ -87,8 +87,8 @@ def build_page(config: Config, run: Run) -> Page:
     )
 
 
-def disclaimer(config: Config) -> str:
+def disclaimer(*configs: Config) -> str:
     text = "A research tool, not medical advice: nothing here may guide the care of a patient."
-    if config.data.source == "sample":
+    if any(config.data.source == "sample" for config in configs):
         text += " The cases are synthetic and no clinician has reviewed them."
     return text

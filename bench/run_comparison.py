@@ -1,6 +1,8 @@
 """Several runs beside each other: what differs in their settings, and in what was measured.
 
-medcot report runs/a runs/b --out comparison
+    medcot report runs/a runs/b --out comparison
+
+Evaluations are compared record by record with the first run's, where both were on the same records.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +24,7 @@ from bench.report import build_page, disclaimer
 from bench.report_document import FORMAT, SCHEMA_NAME, RunReport, Sentence, run_report, sentences
 from bench.run_folder import STAGES, Run, open_run
 from bench.sections.decision import is_verified, shipped_file, speed_of
-from bench.sections.evaluation import by_role, comparison_of, show, show_difference, show_verdict, value_of
+from bench.sections.evaluation import comparison_of, show, show_difference, show_verdict, tuned_model, value_of
 from bench.sections.speed import seconds
 from bench.stored_outcomes import stored_outcomes
 from pipeline.config import Config
@@ -57,22 +60,16 @@ class ComparedRun:
 
     @property
     def tuned(self) -> ModelEvaluation | None:
-        """The evaluated model that ships, else the first tuned one."""
-        if self.run.evaluated is None:
-            return None
-        _, models = by_role(self.run.evaluated)
-        shipped = shipped_file(self.run.exported)
-        ships = [model for model in models if shipped is not None and model.model == shipped.name]
-        return next(iter([*ships, *models]), None)
+        return None if self.run.evaluated is None else tuned_model(self.run.evaluated, self.run.exported)
 
+    @cached_property  # a GGUF is hashed for them
     def outcomes(self) -> list[RecordOutcome]:
         """Of the held-out records, in order; raises MedcotError when they cannot be had."""
-        shipped, tuned = shipped_file(self.run.exported), self.tuned
         stages = [self.run.artifacts.get(stage) for stage in ("prepare", "export", "evaluate")]
         prepared, exported, evaluated = stages
-        if prepared is None or exported is None or evaluated is None or shipped is None or tuned is None:
+        if prepared is None or exported is None or evaluated is None or self.tuned is None:
             raise MedcotError(f"{self.name} has no finished evaluation")
-        stored = stored_outcomes(self.config, prepared.path, exported.path / tuned.model, evaluated.path)
+        stored = stored_outcomes(self.config, prepared.path, exported.path / self.tuned.model, evaluated.path)
         return [outcome for _, outcome in stored]
 
     @property
@@ -112,7 +109,7 @@ def comparison(runs: Sequence[ComparedRun]) -> tuple[Page, ComparisonReport]:
     page = Page(
         name=" against ".join(each.name for each in runs),
         decision=tuple(_decide(runs, differences, not_compared)),
-        disclaimer=disclaimer(runs[0].config),
+        disclaimer=disclaimer(*(each.config for each in runs)),
         sections=tuple(section for section in sections if section is not None),
     )
     document = ComparisonReport(
@@ -151,8 +148,7 @@ def _differences(runs: Sequence[ComparedRun]) -> tuple[list[Comparison], dict[st
         try:
             if other.held_out != first.held_out:
                 raise MedcotError(f"{first.name} was evaluated on other records or in another way")
-            ours, theirs = other.outcomes(), first.outcomes()
-            differences += compare(other.name, ours, first.name, theirs, first.config.seed)
+            differences += compare(other.name, other.outcomes, first.name, first.outcomes, first.config.seed)
         except MedcotError as error:
             not_compared[other.name] = str(error)
     return differences, not_compared

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from bench.page import Line, byte_size, percent
 from bench.run_folder import Run
-from bench.sections.evaluation import by_role, comparison_of, show, show_verdict, tone_of, value_of
+from bench.sections.evaluation import by_role, comparison_of, show, show_verdict, tone_of, tuned_model, value_of
 from bench.sections.speed import seconds
 from pipeline.metrics import METRIC_BY_KEY, MetricKey
 from pipeline.results import Benchmark, Evaluation, ExportedFile, ExportedModels, Speed, Verification
@@ -22,7 +22,7 @@ def decide(run: Run) -> list[Line]:
         _which_file(run, shipped),
         *_failures(run),
         _is_verified(run),
-        *_tuned_against_base(run.evaluated, shipped),
+        *_tuned_against_base(run.evaluated, run.exported),
         *_speed(run.benchmarked, shipped),
         *_recommendation(run.benchmarked, shipped),
     ]
@@ -76,13 +76,12 @@ def _is_verified(run: Run) -> Line:
     )
 
 
-def _tuned_against_base(evaluation: Evaluation | None, shipped: ExportedFile | None) -> Iterator[Line]:
+def _tuned_against_base(evaluation: Evaluation | None, exported: ExportedModels | None) -> Iterator[Line]:
     if evaluation is None:
         yield Line("Not evaluated: whether the tuned model beats its base is not known.", "bad")
         return
-    base, candidates = by_role(evaluation)
-    ships = [model for model in candidates if shipped is not None and model.model == shipped.name]
-    tuned = next(iter([*ships, *candidates]), None)
+    base, _ = by_role(evaluation)
+    tuned = tuned_model(evaluation, exported)
     if tuned is None or base is None:
         yield Line("Only one model was evaluated, so there is no comparison of tuned and base.")
         return

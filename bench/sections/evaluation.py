@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 
 from bench.page import Section, Table, Tone, percent
 from pipeline.metrics import METRIC_BY_KEY, METRICS, Metric, MetricKey
-from pipeline.results import Comparison, Estimate, Evaluation, ModelEvaluation
+from pipeline.results import Comparison, Estimate, Evaluation, ExportedModels, ModelEvaluation
 
 COMPARISON_TITLE = "Base against tuned"
 CHOICE_TITLE = "Multiple choice"
@@ -62,6 +62,13 @@ def by_role(evaluation: Evaluation) -> tuple[ModelEvaluation | None, list[ModelE
     """The base, if it was evaluated, and the tuned models."""
     base = next((model for model in evaluation.models if model.role == "base"), None)
     return base, [model for model in evaluation.models if model.role == "tuned"]
+
+
+def tuned_model(evaluation: Evaluation, exported: ExportedModels | None) -> ModelEvaluation | None:
+    """The evaluated model that ships, else the first tuned one."""
+    _, tuned = by_role(evaluation)
+    ships = [model for model in tuned if exported is not None and model.model == exported.ship]
+    return next(iter([*ships, *tuned]), None)
 
 
 def value_of(model: ModelEvaluation, key: MetricKey) -> Estimate | None:
