@@ -10,6 +10,7 @@ computed for it differs between the two.
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,9 +30,10 @@ from pipeline.hardware import usable_cores
 from pipeline.prompts import ChatFormat
 from pipeline.vocabulary import TransformersVocabulary
 
+ADAPTER_CONFIG = "adapter_config.json"
+_BATCH = {"cuda": 16, "cpu": 4}  # prompts that transformers answers together
 EngineName = Literal["llama.cpp", "transformers"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-ADAPTER_CONFIG = "adapter_config.json"
 # The chat's defaults (chat/session.py), which are DeepSeek's recommendation for R1 and its distillations.
 TEMPERATURE, TOP_P = 0.6, 0.95
 
@@ -295,12 +297,33 @@ class TransformersEngine:
                 yield output.logits[0].float().cpu().numpy()
 
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
-        prompt = self._tensor(ids)
+        return self._generate_together([ids], max_new_tokens)[0]
+
+    def generate_many(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[tuple[int, list[int]]]:
+        # Prompts of like length share a batch: padding is computed as well.
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        size = _BATCH[self._device]
+        while order:
+            batch, order = order[:size], order[size:]
+            try:
+                written = self._generate_together([prompts[index] for index in batch], max_new_tokens)
+            except self._torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                size, order = len(batch) // 2, batch + order
+                continue
+            yield from zip(batch, written, strict=True)
+
+    def _generate_together(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+        """Greedy continuations of several prompts, padded on the left so that all go on from the same place."""
         ends = self._end_ids
+        width = max(map(len, prompts))
+        padded = [[min(ends)] * (width - len(ids)) + list(ids) for ids in prompts]
+        seen = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
         with self._torch.inference_mode():
             output = self._model.generate(
-                prompt,
-                attention_mask=self._torch.ones_like(prompt),
+                self._torch.tensor(padded, device=self._device),
+                attention_mask=self._torch.tensor(seen, device=self._device),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 temperature=None,
@@ -309,12 +332,7 @@ class TransformersEngine:
                 eos_token_id=sorted(ends),
                 pad_token_id=min(ends),
             )
-        new: list[int] = output[0, len(ids) :].tolist()
-        return new[:-1] if new and new[-1] in ends else new
-
-    def generate_many(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[tuple[int, list[int]]]:
-        for index, prompt in enumerate(prompts):
-            yield index, self.generate(prompt, max_new_tokens)
+        return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in output[:, width:].tolist()]
 
     @cached_property
     def _end_ids(self) -> set[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -99,17 +99,8 @@ def measure_record(
 
 def record_keys(path: Path, records: Sequence[HeldOutRecord], settings: EvaluationSettings) -> list[str]:
     """Hashes of all that an outcome depends on, the record's place included: no stale line is taken up."""
-    engine = settings.engine
-    shared = [
-        _FORMAT,
-        _model_identity(path),
-        settings.max_new_tokens,
-        engine.system,
-        engine.context_tokens,
-        engine.dtype,
-        engine.load_in_4bit,
-        engine.revision,
-    ]
+    engine = asdict(replace(settings.engine, threads=None))
+    shared = [_FORMAT, _model_identity(path), settings.max_new_tokens, engine]
     return [
         sha256_json(
             [

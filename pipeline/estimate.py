@@ -37,6 +37,7 @@ _QUANTIZED_WITH_IMATRIX = {"K": 30e6, "legacy": 60e6, "copy": 150e6}
 _EXPORT_BYTES = 0.3 * GIBIBYTE
 # llama.cpp while it measures the importance matrix, beside the mapped file.
 _MEASURING_BYTES = 0.55 * GIBIBYTE
+_REFERENCE_QUESTIONS = 3  # that every evaluation asks (bench/held_out.py)
 # Starting Python and importing: PyTorch and transformers; with Unsloth and TRL on top.
 _IMPORT_SECONDS, _IMPORT_TRAINING_SECONDS = 8.0, 20.0
 _IMPORT_BYTES, _IMPORT_TRAINING_BYTES = 0.62 * GIBIBYTE, 1.15 * GIBIBYTE
@@ -52,7 +53,6 @@ _DOWNLOAD_BYTES_PER_SECOND = 50e6
 _IMATRIX_TOKENS = 2048  # that an importance matrix is measured on (export/importance.py)
 # Verify loads every file and asks it for the vocabulary and the templates.
 _VERIFY_SECONDS, _VERIFY_SECONDS_PER_FILE = 12.0, 10.0
-_REFERENCE_QUESTIONS = 3  # that every evaluation asks (bench/held_out.py)
 _AUTO_BATCH_SHARE = 0.8  # of the memory: an estimate can be off by a quarter
 # Tokenizer libraries without a model, and a vocabulary's entry in them.
 _PREPARE_BYTES, _TOKEN_BYTES = 0.35 * GIBIBYTE, 1500

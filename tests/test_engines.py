@@ -112,6 +112,17 @@ def test_generation_is_greedy_bounded_and_repeatable(which: str, request: pytest
 
 
 @pytest.mark.parametrize("which", ["under_transformers", "under_llama_cpp"])
+def test_next_log_probabilities_are_those_of_one_token_more(which: str, request: pytest.FixtureRequest) -> None:
+    engine: engines.Engine = request.getfixturevalue(which)
+    prompt = engine.chat_format.encode(EXAMPLE).input_ids  # more than one block
+    found = engine.next_log_probabilities(prompt)
+    assert found.shape == (engine.vocabulary_size,)
+    assert np.exp(found.astype(np.float64)).sum() == pytest.approx(1, abs=1e-4)
+    for token in (0, 7, int(found.argmax())):
+        assert found[token] == pytest.approx(engine.token_log_probabilities([*prompt, token])[-1], abs=1e-4)
+
+
+@pytest.mark.parametrize("which", ["under_transformers", "under_llama_cpp"])
 def test_many_prompts_together_give_what_each_gives_alone(which: str, request: pytest.FixtureRequest) -> None:
     engine: engines.Engine = request.getfixturevalue(which)
     # More prompts than slots, of different lengths.

@@ -320,15 +320,34 @@ def test_the_stage_on_real_ggufs(tmp_path: Path) -> None:
     )
     finish_artifact(tmp_path / "gguf", exported)
     (tmp_path / "data").mkdir()
-    rows = [{"question": e.question, "reasoning": e.reasoning, "answer": e.answer} for e in EXAMPLES]
+    rows: list[dict[str, Any]] = [
+        {"question": e.question, "reasoning": e.reasoning, "answer": e.answer} for e in EXAMPLES
+    ]
+    for row in rows[:2]:
+        row |= {"options": {"A": "one", "B": "two"}, "answer_idx": "B"}
     (tmp_path / "data" / "eval.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    config = Config.model_validate({"model": {"max_seq_length": 256}, "evaluation": {"rows": 3, "max_new_tokens": 8}})
+    config = Config.model_validate(
+        {
+            "model": {"max_seq_length": 256},
+            "evaluation": {"rows": 3, "max_new_tokens": 8, "choice_rows": 1, "gates": {"perplexity": "not worse"}},
+        }
+    )
     result = evaluate.evaluate(config, {"prepare": tmp_path / "data", "export": tmp_path / "gguf"}, tmp_path / "eval")
     tuned, base = result.models
     assert (tuned.model, base.model) == ("tiny-F16.gguf", "tiny-base-F16.gguf")
     assert tuned.answer_perplexity == base.answer_perplexity  # there was no adapter
     assert tuned.answer_perplexity.n == 3
     assert tuned.answer_perplexity.value > 10  # random weights
+    assert tuned.choice_accuracy is not None and tuned.choice_accuracy.n == 1
+    assert tuned.brier_score == base.brier_score is not None
+    assert {each.difference for each in result.comparisons} == {0}
+    assert [gate.passed for gate in result.gates] == [True]
+    strict = config.model_copy(
+        update={"evaluation": config.evaluation.model_copy(update={"gates": {"perplexity": "better"}})}
+    )
+    with pytest.raises(GateFailed, match="perplexity must be better than tiny-base-F16"):
+        evaluate.evaluate(strict, {"prepare": tmp_path / "data", "export": tmp_path / "gguf"}, tmp_path / "eval")
+    assert (tmp_path / "eval" / "evaluation.json").is_file()
 
 
 def finish_artifact(folder: Path, result: ExportedModels) -> None:

@@ -123,6 +123,18 @@ def test_tuned_answers_in_the_form_and_base_does_not(finished: FinishedRun) -> N
     assert tuned is not None and base is not None and tuned.high < base.low
 
 
+def test_tuned_is_compared_with_base_and_asked_everything(finished: FinishedRun) -> None:
+    result = Artifact.load(finished.folder("evaluate"), Evaluation).result
+    compared = {comparison.metric: comparison for comparison in result.comparisons}
+    for metric in ("perplexity", "reasoning_perplexity", "answer_perplexity", "well_formed"):
+        assert compared[metric].verdict == "better", compared[metric]
+    tuned = next(model for model in result.models if model.role == "tuned")
+    assert tuned.choice_accuracy is not None and tuned.choice_accuracy.n == 4
+    assert tuned.rouge_l is not None and 0 < tuned.rouge_l.value < 0.5
+    assert [sample.kind for sample in result.samples] == ["reference"] * 3 + ["held-out"] * 3
+    assert all(output for sample in result.samples for output in sample.outputs.values())
+
+
 def test_benchmark_measured_every_file_and_transformers(finished: FinishedRun) -> None:
     exported = Artifact.load(finished.folder("export"), ExportedModels).result
     measured = Artifact.load(finished.folder("bench"), Benchmark).result.models
