@@ -21,7 +21,10 @@ def cold_load(path: Path, load_and_close: Callable[[], object]) -> ColdLoad:
     """Time ``load_and_close`` of one file with none of it in memory, as after the computer was started."""
     if not hasattr(os, "posix_fadvise"):
         return ColdLoad(None, "this system cannot drop a file from its page cache (no posix_fadvise)")
-    _drop_from_page_cache(path)
+    try:
+        _drop_from_page_cache(path)
+    except OSError as error:
+        return ColdLoad(None, f"the file cannot be dropped from the page cache ({error.strerror})")
     read_before = _bytes_read_from_disk()
     started = time.perf_counter()
     load_and_close()

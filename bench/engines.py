@@ -94,8 +94,8 @@ class Engine(Protocol):
         """Seconds from a new prompt to each token of an answer, sampled as the chat does; at least to one."""
 
     @property
-    def bytes_per_token(self) -> int | None:
-        """Weights read for one generated token; None where it is not known."""
+    def bytes_per_token(self) -> int:
+        """Weights read for one generated token."""
 
     def close(self) -> None: ...
 
@@ -215,8 +215,8 @@ class LlamaCppEngine:
         times = [time.perf_counter() - started for _ in tokens]
         return times or [time.perf_counter() - started]
 
-    @cached_property
-    def bytes_per_token(self) -> int | None:
+    @property
+    def bytes_per_token(self) -> int:
         from bench.gguf_weights import weights_of
 
         return weights_of(self._model.path).bytes_per_token
@@ -387,7 +387,7 @@ class TransformersEngine:
         return int(order[self._torch.multinomial(probabilities, 1)].item())
 
     @property
-    def bytes_per_token(self) -> int | None:
+    def bytes_per_token(self) -> int:
         embedding, output = self._model.get_input_embeddings().weight, self._model.get_output_embeddings().weight
         weights = sum(each.numel() * each.element_size() for each in self._model.parameters())
         return int(weights if embedding is output else weights - embedding.numel() * embedding.element_size())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from pipeline.errors import MedcotError
@@ -30,10 +31,14 @@ def is_model(path: Path) -> bool:
     return kind is None or kind.contents() == gguf.GGUFType.MODEL
 
 
+@cache
 def weights_of(path: Path) -> GgufWeights:
     """Raises MedcotError for a file that is not a whole GGUF."""
     import gguf
 
+    from export.gguf_model import check_is_gguf
+
+    check_is_gguf(path)
     try:
         tensors = gguf.GGUFReader(path).tensors
     except (ValueError, IndexError, OSError) as error:

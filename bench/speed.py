@@ -17,6 +17,7 @@ from rich.console import Console
 
 from bench import child
 from bench.bandwidth import measure_bandwidth
+from bench.engines import Dtype
 from bench.gguf_weights import is_model
 from bench.quality import QualityRequest, candidates, measure_quality
 from bench.recommendation import recommend
@@ -60,11 +61,18 @@ def bench(config: Config, inputs: dict[str, Path], out_dir: Path) -> Benchmark:
 
 
 def bench_models(
-    paths: Sequence[Path], settings: BenchConfig, out_dir: Path | None, *, data: Path | None = None
+    paths: Sequence[Path],
+    settings: BenchConfig,
+    out_dir: Path | None,
+    *,
+    data: Path | None = None,
+    dtype: Dtype = "auto",
+    load_in_4bit: bool = False,
 ) -> Benchmark:
     """The command: GGUF files, model folders and adapter folders; ``out_dir`` None writes no file.
 
     ``data`` are held-out records to compare the GGUFs on; without them a run's own are taken where there are.
+    ``dtype`` and ``load_in_4bit`` are for models under transformers.
     """
     for path in paths:
         if not path.exists():
@@ -74,8 +82,9 @@ def bench_models(
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise MedcotError(f"Two models are called {twice}: rename one, since results go by the file's name.")
+    transformers = {"dtype": dtype, "load_in_4bit": load_in_4bit}
     return _measure_all(
-        [_request(path, settings, 0, None) for path in paths],
+        [_request(path, settings, 0, None).model_copy(update=transformers if path.is_dir() else {}) for path in paths],
         settings,
         out_dir,
         comparable=set(names) - _bases(paths),

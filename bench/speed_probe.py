@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -33,6 +34,7 @@ QUESTION = (
 )
 
 
+Kind = Literal["prompt", "generation"]
 _LEAST_CONTEXT = 512  # room for the question and the beginning of its answer
 
 
@@ -132,21 +134,16 @@ class _Tests:
 
     def speeds(self) -> list[SpeedTest]:
         """Prompt and generation at depth 0, then at each other depth."""
-        return [test for depth in (0, *self._request.depths) for test in (self._prompt(depth), self._generation(depth))]
+        kinds: tuple[Kind, ...] = ("prompt", "generation")
+        return [self._speed(kind, depth) for depth in (0, *self._request.depths) for kind in kinds]
 
-    def _prompt(self, depth: int) -> SpeedTest:
-        tokens = self._request.prompt_tokens
-        seconds = self._engine.prompt_seconds(self._ids(tokens), self._request.repeats, self._ids(depth))
-        return SpeedTest(
-            kind="prompt", tokens=tokens, depth=depth, tokens_per_second=[tokens / each for each in seconds]
-        )
-
-    def _generation(self, depth: int) -> SpeedTest:
-        tokens = self._request.generated_tokens
-        seconds = self._engine.decode_seconds(self._ids(tokens), self._request.repeats, self._ids(depth))
-        return SpeedTest(
-            kind="generation", tokens=tokens, depth=depth, tokens_per_second=[tokens / each for each in seconds]
-        )
+    def _speed(self, kind: Kind, depth: int) -> SpeedTest:
+        if kind == "prompt":
+            tokens, timed = self._request.prompt_tokens, self._engine.prompt_seconds
+        else:
+            tokens, timed = self._request.generated_tokens, self._engine.decode_seconds
+        seconds = timed(self._ids(tokens), self._request.repeats, self._ids(depth))
+        return SpeedTest(kind=kind, tokens=tokens, depth=depth, tokens_per_second=[tokens / each for each in seconds])
 
     def answers(self) -> list[list[float]]:
         """Per repeat the seconds from the question to each token of an answer, each answer from another seed."""

@@ -373,6 +373,11 @@ def evaluate(
 @click.option("--kv-type", type=click.Choice(["f32", "f16", "bf16", "q8_0", "q4_0"]), default="f16", show_default=True)
 @click.option("--flash-attention", is_flag=True, help="llama.cpp's flash attention; q8_0 and q4_0 caches need it.")
 @click.option("--gpu-layers", type=click.IntRange(min=-1), default=0, show_default=True, help="On the GPU; -1: all.")
+@click.option(
+    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True,
+    help="Of models under transformers; auto: 32 bit on a CPU.",
+)  # fmt: skip
+@click.option("--load-in-4bit", is_flag=True, help="Models under transformers in 4 bit (NVIDIA GPUs only).")
 @click.option("--max-kl", type=click.FloatRange(min=0, min_open=True), help="Quality budget: mean divergence (nats).")
 @click.option("--min-top1", type=click.FloatRange(min=0, max=1), help="Quality budget: same likeliest token (share).")
 @click.option(
@@ -390,6 +395,8 @@ def bench(
     kv_type: str,
     flash_attention: bool,
     gpu_layers: int,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"],
+    load_in_4bit: bool,
     max_kl: float | None,
     min_top1: float | None,
     memory_gb: float | None,
@@ -422,7 +429,8 @@ def bench(
         "quality_budget": {key: value for key, value in budget.items() if value is not None},
         **({} if memory_gb is None else {"memory_budget_gb": memory_gb}),
     }
-    result = bench_models(models, BenchConfig.model_validate(given), out, data=data)
+    settings = BenchConfig.model_validate(given)
+    result = bench_models(models, settings, out, data=data, dtype=dtype, load_in_4bit=load_in_4bit)
     if as_json:
         _print_json(result.model_dump(mode="json"))
     else:

@@ -53,6 +53,8 @@ _DOWNLOAD_BYTES_PER_SECOND = 50e6
 _IMATRIX_TOKENS = 2048  # that an importance matrix is measured on (export/importance.py)
 # Verify loads every file and asks it for the vocabulary and the templates.
 _VERIFY_SECONDS, _VERIFY_SECONDS_PER_FILE = 12.0, 10.0
+# Of bench: the question that is answered in it, and softmax and divergence of one logit.
+_BENCH_QUESTION_TOKENS, _SECONDS_PER_COMPARED_LOGIT = 80, 15e-9
 _AUTO_BATCH_SHARE = 0.8  # of the memory: an estimate can be off by a quarter
 # Tokenizer libraries without a model, and a vocabulary's entry in them.
 _PREPARE_BYTES, _TOKEN_BYTES = 0.35 * GIBIBYTE, 1500
@@ -272,18 +274,29 @@ class Estimator:
 
     def bench(self) -> StageEstimate:
         bench = self.config.bench
-        repeats = bench.repeats + 1
-        prompt = 2 * self.size.parameters * bench.prompt_tokens
-        seconds = 5.0
+        deeper = [depth for depth in bench.depths if depth > 0]
+        generated = bench.repeats * bench.generated_tokens
+        prompts = (bench.repeats + 1) * bench.prompt_tokens + bench.repeats * _BENCH_QUESTION_TOKENS
+        # Each depth is filled for prompt and generation.
+        behind = sum(2 * depth + bench.repeats * bench.prompt_tokens for depth in deeper)
+        reading = 2 * self.size.parameters / (self.cpu_flops * _CPU_PROMPT)
+        seconds = 7.0  # the stage's own start, and the memory's speed
         for name in self._files:
-            token = self._token_seconds(name)
-            seconds += 2 + repeats * (1.2 * prompt / (self.cpu_flops * _CPU_PROMPT) + bench.generated_tokens * token)
+            # Once evaluated and once sampled at depth 0, once evaluated at the others.
+            seconds += 3 + (prompts + behind) * reading
+            seconds += (2 + len(deeper)) * generated * self._token_seconds(name)
         memory = max(self.file_bytes(name) for name in self._files) + 0.15 * GIBIBYTE
         if bench.transformers:
             token = 4 * self.size.parameters / _MEMORY_BYTES_PER_SECOND + self.size.layers * 5 * _SECONDS_PER_LAYER
-            seconds += _IMPORT_SECONDS + repeats * (1.2 * prompt / (self.cpu_flops * _CPU_FORWARD))
-            seconds += repeats * bench.generated_tokens * token
+            forward = 2 * self.size.parameters / (self.cpu_flops * _CPU_FORWARD)
+            seconds += _IMPORT_SECONDS + prompts * forward + 2 * generated * token
             memory = max(memory, _IMPORT_BYTES + 4 * self.size.parameters)
+        compared = self.config.export.quantizations
+        together = sum(self.file_bytes(name) + 0.15 * GIBIBYTE for name in compared)
+        if bench.quality_records and len(compared) > 1 and together < 0.9 * self.hardware.memory_bytes:
+            tokens = len(compared) * min(bench.quality_records, self.work.eval_rows) * self.work.mean_tokens
+            seconds += 4 + tokens * (reading + self.size.vocabulary * _SECONDS_PER_COMPARED_LOGIT)
+            memory = max(memory, together)
         return StageEstimate(stage="bench", seconds=seconds, memory_bytes=int(memory))
 
     def report(self) -> StageEstimate:

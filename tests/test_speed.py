@@ -163,8 +163,19 @@ def test_base_and_adapter_are_measured_under_transformers(base: Path, tmp_path: 
     assert measured.file_bytes == sum(path.stat().st_size for path in weights)
     assert min(measured.generated_tokens_per_second) > 0
     assert len(measured.time_to_first_token_seconds) == 2 and measured.cold_load_seconds is None
+    assert measured.notes == []
     # In 32 bit as on the disk; the embedding is the output matrix too, and the adapter is merged.
     assert measured.bytes_per_token == pytest.approx((base / "model.safetensors").stat().st_size, rel=0.05)
+
+
+def test_four_bit_without_a_gpu_is_said(base: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    measured = speed_probe.measure(request_for(base, load_in_4bit=True, repeats=1))
+    assert measured.weights == "float32"
+    assert measured.notes == ["4 bit under transformers needs an NVIDIA GPU: measured in float32 instead."]
 
 
 def test_an_error_in_the_child_is_one_sentence_that_names_the_model(ggufs: Path, tmp_path: Path) -> None:

@@ -137,7 +137,8 @@ def test_tuned_is_compared_with_base_and_asked_everything(finished: FinishedRun)
 
 def test_benchmark_measured_every_file_and_transformers(finished: FinishedRun) -> None:
     exported = Artifact.load(finished.folder("export"), ExportedModels).result
-    measured = Artifact.load(finished.folder("bench"), Benchmark).result.models
+    result = Artifact.load(finished.folder("bench"), Benchmark).result
+    measured = result.models
     assert {model.model for model in measured if model.engine == "llama.cpp"} >= {
         file.name for file in exported.files if file.role == "tuned"
     }
@@ -146,6 +147,22 @@ def test_benchmark_measured_every_file_and_transformers(finished: FinishedRun) -
         assert min(model.prompt_tokens_per_second + model.generated_tokens_per_second) > 0
         assert min(model.time_to_first_token_seconds) > 0
         assert model.peak_memory_bytes > (model.file_bytes or 0) / 4
+        assert len(model.tests) == (4 if model.engine == "llama.cpp" else 2)
+        # The memory's speed bounds generation, unless a large cache holds a file of 105 MB.
+        assert 0.01 < (result.roofline_share(model) or 0) < 3
+    assert result.answer_length is not None and "evaluated answers" in result.answer_length.source
+
+
+def test_the_shipped_file_is_close_to_f16_and_recommended(finished: FinishedRun) -> None:
+    exported = Artifact.load(finished.folder("export"), ExportedModels).result
+    result = Artifact.load(finished.folder("bench"), Benchmark).result
+    exact, shipped = result.quality
+    assert result.quality_note is None and exact.model.endswith("F16.gguf") and shipped.model == exported.ship
+    # 0.036 nats and 90 % on 8 records (LOG.md, 2026-11-22)
+    assert 0.005 < shipped.whole.mean_kl.value < 0.1 and shipped.whole.top1_agreement.value > 0.85
+    assert shipped.whole.mean_kl.value < shipped.whole.p99_kl < 1
+    assert shipped.reasoning is not None and shipped.reasoning.tokens > shipped.answer.tokens > 50
+    assert result.recommendation is not None and result.recommendation.model == exported.ship
 
 
 def test_nothing_was_lost_in_prepare(finished: FinishedRun) -> None:

@@ -31,7 +31,7 @@ _PATTERNS = {
     "perplexity": rf"Mean PPL\(Q\){_NUMBER}",
     "mean KL": rf"Mean\s+KLD{_NUMBER}",
     "p99 KL": rf"99\.0%\s+KLD{_NUMBER}",
-    "same likeliest token": rf"Same top p{_NUMBER}",
+    "same likeliest token": r"Same top p\s*:\s*([\d.]+)",
 }
 
 
