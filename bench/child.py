@@ -5,33 +5,29 @@ Its peak memory is its own, and a library that aborts on a broken file takes not
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import MedcotError
-from pipeline.processes import end_with_parent
+from pipeline.processes import end_with_parent, with_our_packages
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 Request = TypeVar("Request", bound=BaseModel)
 Result = TypeVar("Result", bound=BaseModel)
 
 
 def ask(module: str, request: BaseModel, result: type[Result], what: str) -> Result:
     """Run ``python -m module`` on the request; MedcotError says that ``what`` failed, and why."""
-    search_path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     child = subprocess.run(
         [sys.executable, "-m", module],
         input=request.model_dump_json(),
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": search_path},
+        env=with_our_packages(),
         check=False,
     )
     last_line = (child.stdout.strip().splitlines() or [""])[-1]

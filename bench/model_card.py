@@ -16,7 +16,11 @@ from typing import Any
 
 import yaml
 
-from bench.page import Page, Run, Section, Table, percent, render
+from bench.page import Page, Section, Table, percent, render
+from bench.run_folder import Run
+from bench.sections.evaluation import CHOICE_TITLE, COMPARISON_TITLE
+from bench.sections.quality import TITLE as QUALITY_TITLE
+from bench.sections.speed import TITLE as SPEED_TITLE
 from pipeline.base_model import PACKAGE_PREFIX, cache_dir
 from pipeline.config import Config
 from pipeline.results import Verification
@@ -48,7 +52,7 @@ def model_card(config: Config, run: Run, page: Page) -> str:
         _training(public, run, page),
         _evaluation(page),
         _verification(run, page),
-        _part(page.section("Speed and memory"), "Speed", "Speed was not measured."),
+        _speed(page),
         _limits(config, run),
         _licence(config, run),
         _reproduction(public, page),
@@ -206,12 +210,18 @@ def _training(config: Config, run: Run, page: Page) -> Part:
     text = (
         "The loss is the mean negative log-likelihood of the thought's and answer's tokens (nats); prompts have none."
     )
-    return Part("Training", (text, section.chart_text), tables=(settings, *measured))
+    return Part("Training", (text, *(chart.text for chart in section.charts)), tables=(settings, *measured))
 
 
 def _evaluation(page: Page) -> Part:
-    section = page.section("Base against tuned") or page.section("Evaluation")
-    return _part(section, "Evaluation", "Not evaluated: whether the tuned model beats its base is not known.")
+    section = page.section(COMPARISON_TITLE) or page.section("Evaluation")
+    part = _part(section, "Evaluation", "Not evaluated: whether the tuned model beats its base is not known.")
+    return _with(part, page.section(CHOICE_TITLE))
+
+
+def _speed(page: Page) -> Part:
+    part = _part(page.section(SPEED_TITLE), "Speed", "Speed was not measured.")
+    return _with(part, page.section(QUALITY_TITLE))
 
 
 def _verification(run: Run, page: Page) -> Part:
@@ -277,3 +287,9 @@ def _reproduction(config: Config, page: Page) -> Part:
 
 def _part(section: Section | None, title: str, otherwise: str) -> Part:
     return Part(title, (otherwise,)) if section is None else Part(title, section.text, tables=section.tables)
+
+
+def _with(part: Part, section: Section | None) -> Part:
+    if section is None:
+        return part
+    return replace(part, text=(*part.text, *section.text), tables=(*part.tables, *section.tables))

@@ -1,35 +1,21 @@
-"""What the report and the model card are made of: a run's measurements, sections and tables, and how figures read."""
+"""What the report and the model card are made of: sections, tables and charts, and how figures read."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
-from pydantic import BaseModel
 
 from bench.statistics import percentile
-from pipeline.artifacts import Artifact
-from pipeline.errors import MedcotError
-from pipeline.results import (
-    Benchmark,
-    Evaluation,
-    ExportedModels,
-    PreparedData,
-    Sample,
-    TrainedAdapter,
-    Verification,
-)
+from pipeline.results import Sample
 
-STAGES: dict[str, type[BaseModel]] = {
-    "prepare": PreparedData,
-    "train": TrainedAdapter,
-    "export": ExportedModels,
-    "verify": Verification,
-    "evaluate": Evaluation,
-    "bench": Benchmark,
-}
+# Cells that a reader must not miss: they are in red.
+_FAILURES = frozenset({"FAILED", "failed", "gate failed", "damaged"})
+_BEFORE_UNIT = re.compile(r"(?<=\d) (?=(?:ms|s|min|h|kB|MB|GB|J)\b|%)")
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 Tone = Literal["good", "bad", "neutral"]
 
@@ -44,12 +30,25 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """``align`` has a letter a column, l or r; every row has as many cells as ``header``."""
+    """``align`` has a letter a column, l or r; every row has as many cells as ``header``.
+
+    A ``folded`` one is closed on the page until asked for: what only a doubt makes worth reading.
+    """
 
     header: tuple[str, ...]
     align: str
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+    caption: str = ""
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """``draw`` gives an ``<svg>`` element; ``text`` says the same in words for whoever does not see it."""
+
+    draw: Callable[[], str]
+    text: str
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,7 @@ class Section:
     title: str
     text: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
-    chart: str | None = None
-    chart_text: str = ""
+    charts: tuple[Chart, ...] = ()
     samples: tuple[Sample, ...] = ()
     code: str | None = None
 
@@ -74,33 +72,6 @@ class Page:
         return next((section for section in self.sections if section.title == title), None)
 
 
-class Run:
-    """A run's finished artifacts by stage; ``missing`` gives a sentence for each stage that has none."""
-
-    def __init__(self, inputs: dict[str, Path]) -> None:
-        self.artifacts: dict[str, Artifact[Any]] = {}
-        self.missing: dict[str, str] = {}
-        for stage, result_type in STAGES.items():
-            if stage not in inputs:
-                self.missing[stage] = "not part of this run"
-                continue
-            try:
-                self.artifacts[stage] = Artifact.load(inputs[stage], result_type)
-            except MedcotError as error:
-                exists = inputs[stage].is_dir() and any(inputs[stage].iterdir())
-                self.missing[stage] = f"unfinished or failed: {error}" if exists else "not done yet"
-        self.prepared: PreparedData | None = self._result("prepare")
-        self.trained: TrainedAdapter | None = self._result("train")
-        self.exported: ExportedModels | None = self._result("export")
-        self.verified: Verification | None = self._result("verify")
-        self.evaluated: Evaluation | None = self._result("evaluate")
-        self.benchmarked: Benchmark | None = self._result("bench")
-
-    def _result(self, stage: str) -> Any:
-        artifact = self.artifacts.get(stage)
-        return None if artifact is None else artifact.result
-
-
 def render(template: str, **values: Any) -> str:
     """One of ``bench/templates`` with ``values``; HTML is escaped by itself, Markdown by its filters."""
     environment = jinja2.Environment(
@@ -111,6 +82,8 @@ def render(template: str, **values: Any) -> str:
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
     )
+    environment.globals["failures"] = _FAILURES
+    environment.filters["units"] = _units
     environment.filters["cell"] = _markdown_cell
     environment.filters["fenced"] = _fenced
     return environment.get_template(template).render(**values)
@@ -143,6 +116,11 @@ def spread(values: list[float], digits: int) -> str:
         return ""
     median = percentile(values, 0.5)
     return f"{median:,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
+
+
+def _units(text: str) -> str:
+    """Numbers stay on one line with their units."""
+    return _BEFORE_UNIT.sub("\N{NO-BREAK SPACE}", text)
 
 
 def _markdown_cell(text: str) -> str:

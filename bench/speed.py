@@ -132,9 +132,9 @@ def _data_of_run(gguf: Path) -> Path | None:
 
 
 def _held_out(data: Path | None, records: int) -> list[Example]:
-    from bench.evaluate import read_examples
+    from bench.held_out import read_records
 
-    return [] if data is None or records == 0 else read_examples(data, records)
+    return [] if data is None or records == 0 else [record.example for record in read_records(data, records)]
 
 
 def _request(path: Path, settings: BenchConfig, seed: int, system: str | None) -> ProbeRequest:

@@ -1,13 +1,11 @@
-"""A sweep's charts: differences from the primary experiment with their intervals, and the training losses."""
+"""A sweep's charts: differences from the primary experiment with their intervals, and what the training losses are."""
 
 from __future__ import annotations
 
-from bench.charts import ACCENT, INK, SECOND, as_svg, drawing, whole_ticks
+from bench.charts import ACCENT, INK, as_svg, drawing
 from bench.sweep_comparison import MEASURES
 from bench.sweep_result import ExperimentRow, SweepResult
-
-MOST_CURVES = 8  # more cannot be told apart
-_DASHES = ("solid", "dashed", "dotted", "dashdot")
+from pipeline.results import LossPoint
 
 
 def compared(result: SweepResult) -> list[ExperimentRow]:
@@ -47,39 +45,7 @@ def differences_chart(result: SweepResult) -> str:
         return as_svg(figure, "differences", f"Difference from {result.primary}", describe_differences(result))
 
 
-def with_curves(result: SweepResult) -> list[ExperimentRow]:
-    """The experiments in the chart of losses: the primary, then the others in order, up to MOST_CURVES."""
-    rows = [row for row in result.experiments if row.figures is not None and row.figures.loss_curve]
-    return sorted(rows, key=lambda row: row.name != result.primary)[:MOST_CURVES]
-
-
-def describe_losses(result: SweepResult) -> str:
-    """The chart of losses in words."""
-    ends = [
-        f"{row.name} {row.figures.loss_curve[0].loss:.2f} to {row.figures.loss_curve[-1].loss:.2f}"
-        for row in with_curves(result)
-        if row.figures is not None
-    ]
-    return f"Training loss as logged, first to last: {', '.join(ends)}."
-
-
-def loss_chart(result: SweepResult) -> str:
-    """Training loss by step, a line for each experiment, as an ``<svg>`` element."""
-    with drawing(1, (7.2, 3.4)) as (figure, (axes,)):
-        for index, row in enumerate(with_curves(result)):
-            if row.figures is None:
-                continue
-            first_half = index < len(_DASHES)
-            axes.plot(
-                [point.step for point in row.figures.loss_curve],
-                [point.loss for point in row.figures.loss_curve],
-                color=ACCENT if first_half else SECOND,
-                linestyle=_DASHES[index % len(_DASHES)],
-                linewidth=2.2 if row.name == result.primary else 1.4,
-                label=row.name,
-            )
-        axes.set_xlabel("optimizer step")
-        axes.set_ylabel("loss (nats per token)")
-        axes.xaxis.set_major_locator(whole_ticks(8))
-        axes.legend(frameon=False, fontsize=9)
-        return as_svg(figure, "losses", "Training loss by optimizer step", describe_losses(result))
+def loss_points(result: SweepResult) -> dict[str, list[LossPoint]]:
+    """The losses of every experiment that logged some: the primary's, then the others' in order."""
+    rows = sorted(result.experiments, key=lambda row: row.name != result.primary)
+    return {row.name: row.figures.loss_curve for row in rows if row.figures is not None and row.figures.loss_curve}

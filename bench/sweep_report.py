@@ -7,16 +7,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table as ConsoleTable
 
-from bench.page import Line, Page, Section, Table, byte_size, duration, render
+from bench.loss_chart import describe_losses, loss_curves
+from bench.page import Chart, Line, Page, Section, Table, byte_size, duration, render
 from bench.statistics import LEAST_RECORDS
-from bench.sweep_charts import (
-    compared,
-    describe_differences,
-    describe_losses,
-    differences_chart,
-    loss_chart,
-    with_curves,
-)
+from bench.sweep_charts import compared, describe_differences, differences_chart, loss_points
 from bench.sweep_comparison import MEASURES, Difference, Measure
 from bench.sweep_result import ExperimentRow, SweepResult
 from pipeline.artifacts import write_json, write_text
@@ -181,15 +175,16 @@ def _differences_section(result: SweepResult) -> Section | None:
         f"{LEAST_RECORDS} records none is looked for. Each experiment was trained once: the intervals tell what other "
         "held-out records could change, not what another seed could.",
     )
-    return Section(
-        title, tuple(left_out), (table,), chart=differences_chart(result), chart_text=describe_differences(result)
-    )
+    chart = Chart(lambda: differences_chart(result), describe_differences(result))
+    return Section(title, tuple(left_out), (table,), (chart,))
 
 
 def _losses_section(result: SweepResult) -> Section | None:
-    if not with_curves(result):
+    curves = loss_points(result)
+    if not curves:
         return None
-    return Section("Training loss", chart=loss_chart(result), chart_text=describe_losses(result))
+    chart = Chart(lambda: loss_curves(curves, result.primary), describe_losses(curves))
+    return Section("Training loss", charts=(chart,))
 
 
 def _named(row: ExperimentRow, result: SweepResult) -> str:

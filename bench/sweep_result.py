@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from bench.evaluate import stage_records, stage_settings
-from bench.record_outcome import RecordOutcome, record_keys, records_path
 from bench.statistics import total
+from bench.stored_outcomes import stored_outcomes
 from bench.sweep_comparison import JOINT_ERROR, MEASURES, Difference, MeasureKey, ScoredRecord, compare, measured
 from bench.text_metrics import bleu_signature
 from pipeline.artifacts import Artifact
@@ -189,15 +188,6 @@ def _best(rows: Sequence[ExperimentRow], comparable: Sequence[str]) -> dict[Meas
 
 def _scored_records(config: Config, data: Path, model: Path, evaluation: Path) -> list[ScoredRecord]:
     """The evaluated records in order, with the answer that follows the thought."""
-    records = stage_records(config, data)
-    path = records_path(evaluation, model)
-    try:
-        outcomes = {
-            outcome.key: outcome for outcome in map(RecordOutcome.model_validate_json, path.read_bytes().splitlines())
-        }
-        ordered = [outcomes[key] for key in record_keys(model, records, stage_settings(config))]
-    except (ValidationError, KeyError, OSError) as error:
-        raise MedcotError(f"{path} does not hold the evaluated records: delete {evaluation} and run again.") from error
     return [
         ScoredRecord(
             nll=outcome.reasoning_nll + outcome.answer_nll,
@@ -205,5 +195,5 @@ def _scored_records(config: Config, data: Path, model: Path, evaluation: Path) -
             answer=outcome.answer,
             reference=record.example.answer,
         )
-        for outcome, record in zip(ordered, records, strict=True)
+        for record, outcome in stored_outcomes(config, data, model, evaluation)
     ]

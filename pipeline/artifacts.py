@@ -24,11 +24,14 @@ from pipeline.errors import MedcotError
 
 MANIFEST_NAME = "manifest.json"
 IN_PROGRESS_NAME = "in_progress.json"
+FAILURE_NAME = "failure.json"  # pipeline/failure.py
 SCRATCH_NAME = "scratch"
 CHECKPOINTS_NAME = "checkpoints"
 TRACKING_NAME = "tracking"  # what Weights & Biases or TensorBoard keep of a training
 # Working state that lives inside an artifact's folder without being part of the artifact.
-WORKING_NAMES = frozenset({MANIFEST_NAME, IN_PROGRESS_NAME, SCRATCH_NAME, TRACKING_NAME, CHECKPOINTS_NAME})
+WORKING_NAMES = frozenset(
+    {MANIFEST_NAME, IN_PROGRESS_NAME, FAILURE_NAME, SCRATCH_NAME, TRACKING_NAME, CHECKPOINTS_NAME}
+)
 # What a file under way is called, and the journal that tells how far it is.
 WORKING_SUFFIXES = (".tmp", ".partial", ".journal")
 MANIFEST_FORMAT = 1

@@ -438,6 +438,32 @@ def bench(
 
 
 @cli.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder for the files [default: RUN/report; of several: comparison]."
+)
+@json_option
+def report(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
+    """Write the report of a run again, whatever it has finished, or compare several runs on one page.
+
+    RUN is a folder that medcot run made.
+
+    \b
+    Example: medcot report runs/smollm2-cpu
+             medcot report runs/smollm2-cpu runs/longer --out comparison
+    """
+    from bench.report_command import report_runs
+
+    page, document = report_runs(runs, out)
+    if as_json:
+        click.echo(document.model_dump_json(indent=2, by_alias=True))
+        return
+    for sentence in document.decision:
+        click.echo(sentence.text)
+    click.echo(f"Report:  {page}")
+
+
+@cli.command()
 @click.argument("gguf", type=EXISTING_GGUF)
 @click.option("--prompt", help="Answer this and end.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=1024, show_default=True)

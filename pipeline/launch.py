@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING, NoReturn
 from pipeline import ranks
 from pipeline.batch_shares import processes_for
 from pipeline.hardware import may_have_gpu, usable_cores
-from pipeline.processes import PARENT_VARIABLE, TOLD_BY_PARENT_VARIABLE, ended_by_signal, run_as_child
+from pipeline.processes import (
+    PARENT_VARIABLE,
+    TOLD_BY_PARENT_VARIABLE,
+    ended_by_signal,
+    run_as_child,
+    tell_failure,
+)
 from pipeline.run import load_run_config
 
 if TYPE_CHECKING:
@@ -91,7 +97,7 @@ def _tell(stage_name: str, failures: Mapping[int, ProcessFailure]) -> int:
     else:
         sentence = f"process {rank} ended with status {failure.exitcode} and said nothing; --debug shows more"
         status = failure.exitcode
-    print(f"Error in {stage_name}: {sentence}", file=sys.stderr)
+    tell_failure(stage_name, sentence, status)
     return status
 
 

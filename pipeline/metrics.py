@@ -47,3 +47,4 @@ METRICS = (
     Metric("generative_accuracy", "Multiple choice by its own answer, accuracy", "rate", "higher"),
     Metric("unextracted", "No option found in its answer", "rate", "lower"),
 )
+METRIC_BY_KEY = {metric.key: metric for metric in METRICS}

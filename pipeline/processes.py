@@ -12,10 +12,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from pipeline import ranks
 from pipeline.errors import MedcotError
+from pipeline.failure import FILE_VARIABLE, write_failure
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 PARENT_VARIABLE = "MEDCOT_PARENT"  # process id, set by a parent for its child
@@ -96,5 +98,15 @@ def _complain(name: str, message: str, status: int, *, foreseen: bool = False) -
         details = {"py_callstack": message, "timestamp": str(int(now)), "time": now, "foreseen": foreseen}
         Path(error_file).write_text(json.dumps({"message": {"message": message, "extraInfo": details}}))
     if TOLD_BY_PARENT_VARIABLE not in os.environ:
-        print(f"Error in {name}: {message}", file=sys.stderr)
+        tell_failure(name, message, status)
     return status
+
+
+def tell_failure(name: str, message: str, status: int) -> None:
+    """To the user, and for the report where run.py has said into which file."""
+    print(f"Error in {name}: {message}", file=sys.stderr)
+    path = os.environ.get(FILE_VARIABLE)
+    # Without its folder there is no attempt that the failure could belong to; a full disk may refuse even this.
+    if path and Path(path).parent.is_dir():
+        with suppress(OSError):
+            write_failure(Path(path), message, status)

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from pydantic import BaseModel
 from pipeline import __version__, ranks, results
 from pipeline.artifacts import (
     CHECKPOINTS_NAME,
+    FAILURE_NAME,
     IN_PROGRESS_NAME,
     MANIFEST_NAME,
     Manifest,
@@ -39,12 +40,14 @@ from pipeline.artifacts import (
 )
 from pipeline.base_model import base_identity
 from pipeline.config import Config, load_config
-from pipeline.errors import MedcotError
+from pipeline.errors import GateFailed, MedcotError
+from pipeline.failure import FILE_VARIABLE, write_failure
 from pipeline.file_lock import try_lock
 from pipeline.processes import PARENT_VARIABLE, ended_by_signal, with_our_packages
 from pipeline.sources import source_identity
 
 CONFIG_NAME = "config.yaml"
+PARTIAL = "--partial"  # tells a stage's process to make do with what inputs there are
 LOCK_NAME = ".lock"
 _BASE = ("model.base", "model.revision")
 _NOTHING_TO_PLAN = frozenset({"prepare", "report"})  # seconds, and no more than the plan itself would take
@@ -206,7 +209,8 @@ def run(
     """Bring the run in ``run_dir`` up to date and say what was done.
 
     Before the first stage that has work to do comes the plan: a run that cannot fit is not begun.
-    Raises MedcotError when a stage fails or cannot fit, GateFailed when a gate does; finished artifacts stay.
+    Raises MedcotError when a stage fails or cannot fit; finished artifacts stay. When a gate fails (exit status 3) the
+    report is written all the same, of what is there.
     """
     chosen = _chosen(only, until)
     if ranks.world_size() > 1 and only != "train":
@@ -235,8 +239,28 @@ def run(
                 announce("plan: looking at the data, the model and this machine")
                 _child("plan", ["pipeline.plan_process", str(run_dir), *ahead], {})
                 planned = True
-            outcomes.append(_make(stage, state, run_dir, stage.name in force, announce))
+            try:
+                outcomes.append(_make(stage, state, run_dir, stage.name in force, announce))
+            except StageFailed as failure:
+                if failure.exit_status == GateFailed.exit_status and chosen[-1].name == "report":
+                    _report_on_what_is_there(run_dir, announce)
+                raise
     return RunOutcome(run_dir, outcomes)
+
+
+def _report_on_what_is_there(run_dir: Path, announce: Callable[[str], None]) -> None:
+    """Write the report of a run that a gate has stopped: no artifact, so the next run makes it again."""
+    stage = stage_named("report")
+    start_again(run_dir / stage.folder)
+    # What went wrong here its process has told; the gate's failure is what the run ends with.
+    with suppress(StageFailed):
+        _child(stage.name, [stage.module, stage.name, str(run_dir), PARTIAL], {})
+        announce(f"report: {run_dir / stage.folder} shows what failed, and what is there")
+
+
+def start_again(folder: Path) -> None:
+    """Empty an artifact's folder and mark it as under way; raises MedcotError when others' files are in it."""
+    _start_folder(folder, expected="", force=True)
 
 
 def stage_inputs(stage: Stage, run_dir: Path) -> dict[str, Path]:
@@ -315,7 +339,7 @@ def _make(stage: Stage, state: _State, run_dir: Path, force: bool, announce: Cal
     folder = run_dir / stage.folder
     if state.why:
         announce(f"{stage.name}: {state.why}, made again")
-    status = _start_folder(stage, folder, state.expected, force)
+    status = _start_folder(folder, state.expected, force)
     announce(f"{stage.name}: {'goes on where it was interrupted' if status == 'gone on with' else 'started'}")
     _run_in_process(stage, run_dir)
     made = read_manifest(folder)
@@ -338,13 +362,13 @@ def identify(stage: Stage, config: Config, run_dir: Path) -> StageIdentity:
     return StageIdentity(stage.name, stage_config(stage, config), digests, stage_versions(stage))
 
 
-def _start_folder(stage: Stage, folder: Path, expected: str, force: bool) -> Status:
+def _start_folder(folder: Path, expected: str, force: bool) -> Status:
     """Keep what an interrupted or unfinished attempt at the same thing left, else begin with an empty folder."""
     in_progress = folder / IN_PROGRESS_NAME
     manifest = read_manifest(folder)
     if manifest is not None and _is_unfinished(manifest, expected) and not force:
         # In this order: a kill in between leaves both, which is as good.
-        write_json(in_progress, {"stage": stage.name, "fingerprint": expected})
+        write_json(in_progress, {"fingerprint": expected})
         (folder / MANIFEST_NAME).unlink()
     if in_progress.is_file() and not force:
         try:
@@ -352,6 +376,7 @@ def _start_folder(stage: Stage, folder: Path, expected: str, force: bool) -> Sta
         except (ValueError, KeyError, TypeError):
             interrupted = None
         if interrupted == expected:
+            (folder / FAILURE_NAME).unlink(missing_ok=True)
             return "gone on with"
     if folder.exists():
         if not is_ours(folder):
@@ -360,7 +385,7 @@ def _start_folder(stage: Stage, folder: Path, expected: str, force: bool) -> Sta
             )
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    write_json(in_progress, {"stage": stage.name, "fingerprint": expected})
+    write_json(in_progress, {"fingerprint": expected})
     return "made"
 
 
@@ -371,14 +396,25 @@ def is_ours(folder: Path) -> bool:
 
 
 def _run_in_process(stage: Stage, run_dir: Path) -> None:
-    _child(stage.name, [stage.module, stage.name, str(run_dir)], stage.environment)
+    failure = run_dir / stage.folder / FAILURE_NAME if ranks.is_first() else None
+    _child(stage.name, [stage.module, stage.name, str(run_dir)], stage.environment, failure)
 
 
-def _child(name: str, module_and_arguments: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Run one of our modules in a process of its own; what it has told the user is not told again."""
+def _child(
+    name: str, module_and_arguments: Sequence[str], environment: Mapping[str, str], failure: Path | None = None
+) -> None:
+    """Run one of our modules in a process of its own; what it has told the user is not told again.
+
+    Why it failed is left in the file ``failure``, for the report.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", *module_and_arguments],
-        env={**environment, **with_our_packages(), PARENT_VARIABLE: str(os.getpid())},
+        env={
+            **environment,
+            **with_our_packages(),
+            PARENT_VARIABLE: str(os.getpid()),
+            FILE_VARIABLE: "" if failure is None else str(failure),
+        },
     )
     try:
         status = process.wait()
@@ -391,7 +427,11 @@ def _child(name: str, module_and_arguments: Sequence[str], environment: Mapping[
             process.wait()
         raise
     if status < 0:
-        raise MedcotError(ended_by_signal(name, -status))
+        ended = ended_by_signal(name, -status)
+        if failure is not None:
+            with suppress(OSError):  # a full disk, perhaps; the error is told all the same
+                write_failure(failure, ended, 1)
+        raise MedcotError(ended)
     if status != 0:
         raise StageFailed(name, status)
 

@@ -1,4 +1,4 @@
-"""One stage in a process of its own: ``python -m pipeline.stage_process STAGE RUN_DIR`` (started by run.py).
+"""One stage in a process of its own: ``python -m pipeline.stage_process STAGE RUN_DIR [--partial]`` (from run.py).
 
 Or in each of several, which train together: then the first alone writes the artifact.
 """
@@ -24,6 +24,7 @@ from pipeline.memory import peak_memory_bytes
 from pipeline.processes import run_as_child
 from pipeline.run import (
     CONFIG_NAME,
+    PARTIAL,
     Stage,
     identify,
     load_run_config,
@@ -42,6 +43,12 @@ def perform(stage_name: str, run_dir: Path) -> None:
         _make_artifact(stage, run_dir)
     # Else run.py has found the artifact up to date, and started this for the other machines to hear of it.
     ranks.leave_group()
+
+
+def perform_partly(stage_name: str, run_dir: Path) -> None:
+    """Run the stage with whatever inputs are finished; what it writes is no artifact."""
+    stage = stage_named(stage_name)
+    stage.load()(load_run_config(run_dir), stage_inputs(stage, run_dir), run_dir / stage.folder)
 
 
 def _make_artifact(stage: Stage, run_dir: Path) -> None:
@@ -84,4 +91,5 @@ def _copy_what_is_needed(stage: Stage, run_dir: Path) -> None:
 
 if __name__ == "__main__":
     name, folder = sys.argv[1], Path(sys.argv[2])
-    sys.exit(run_as_child(name, folder, lambda: perform(name, folder)))
+    work = perform_partly if sys.argv[3:] == [PARTIAL] else perform
+    sys.exit(run_as_child(name, folder, lambda: work(name, folder)))

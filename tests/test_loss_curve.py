@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from test_report import measurements
 
-from bench.charts import describe_loss, loss_curve
-from bench.page import Run
+from bench.loss_chart import describe_loss, loss_curve
 from bench.report import build_page
+from bench.run_folder import Run
 from pipeline.config import Config, ReferenceRun, load_config
 from pipeline.results import LossPoint, TrainedAdapter
 
@@ -69,8 +69,8 @@ def test_the_r1_preset_shows_both_published_runs_beside_ours() -> None:
     table = section.tables[1]
     assert table.header == ("Training loss at step", "This run", "reference run", "second public run of the recipe")
     assert table.rows[0] == ("10", "1.900", "1.914", "1.919") and table.rows[-1] == ("60", "1.400", "1.327", "1.314")
-    assert "https://github.com/develops20/" in section.chart_text
-    assert {"training", "reference run", "second public run of the recipe"} <= set(words(section.chart))
+    assert "https://github.com/develops20/" in section.charts[0].text
+    assert {"training", "reference run", "second public run of the recipe"} <= set(words(section.charts[0].draw()))
 
 
 def test_steps_that_only_one_run_has_are_left_blank() -> None:
@@ -88,8 +88,8 @@ def test_steps_that_only_one_run_has_are_left_blank() -> None:
 def test_evaluations_in_training_and_the_kept_adapter_are_shown_and_told() -> None:
     result = evaluated_in_training()
     section = training_section(result, load_config("smollm2-cpu"))
-    assert "2.100 after, with the adapter of step 30, the best of 6 evaluations." in section.chart_text
-    assert {"held out", "the adapter that is kept"} <= set(words(section.chart))
+    assert "2.100 after, with the adapter of step 30, the best of 6 evaluations." in section.charts[0].text
+    assert {"held out", "the adapter that is kept"} <= set(words(section.charts[0].draw()))
     assert any(cell.startswith("60 of 100, then no further gain") for row in section.tables[0].rows for cell in row)
 
 

@@ -15,8 +15,8 @@ from markdown_it.token import Token
 from pydantic import BaseModel
 from test_report import BASE, HOSTILE, TUNED, make_run, measurements
 
-from bench.page import STAGES
 from bench.report import CARD_NAME, report
+from bench.run_folder import STAGES
 from pipeline.artifacts import read_manifest, write_manifest
 from pipeline.config import Config
 from pipeline.results import ExportedModels, FileComparison, PreparedData, TrainedAdapter, Verification

@@ -12,6 +12,7 @@ from pipeline import run as driver
 from pipeline.artifacts import read_manifest
 from pipeline.config import Config, load_config
 from pipeline.errors import MedcotError
+from pipeline.failure import read_failure
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +121,8 @@ def test_a_failing_stage_says_one_sentence_and_the_run_ends_with_its_status(base
     assert "Traceback" not in outcome.stderr
     assert outcome.stderr.count("Error") == 1
     assert read_manifest(tmp_path / "run" / "data") is None
+    failure = read_failure(tmp_path / "run" / "data")  # for the report
+    assert failure is not None and failure.exit_status == 1 and failure.message in outcome.stderr
 
 
 def test_json_output_is_one_document(finished: tuple[Config, Path], base: Path) -> None:
@@ -136,3 +139,5 @@ def test_a_stage_killed_from_outside_is_explained(base: Path, tmp_path: Path, mo
     monkeypatch.setattr(driver.subprocess, "Popen", lambda command, env: real(["/bin/sh", "-c", "kill -9 $$"], env=env))
     with pytest.raises(MedcotError, match="prepare was ended by SIGKILL"):
         driver.run(tiny_config(base), tmp_path, until="prepare")
+    failure = read_failure(tmp_path / "data")
+    assert failure is not None and failure.message.startswith("prepare was ended by SIGKILL")

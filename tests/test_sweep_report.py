@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.sweep_charts import MOST_CURVES, describe_differences, with_curves
+from bench.loss_chart import MOST_CURVES, describe_losses
+from bench.sweep_charts import describe_differences, loss_points
 from bench.sweep_comparison import MEASURES, Difference
 from bench.sweep_report import build_page, decide, print_result, write_result
 from bench.sweep_result import ExperimentRow, Figures, SweepResult
@@ -138,4 +139,6 @@ def test_no_more_curves_than_can_be_told_apart(result: SweepResult) -> None:
     many = result.model_copy(
         update={"primary": "e9", "experiments": [row(f"e{number}", 2.0) for number in range(MOST_CURVES + 4)]}
     )
-    assert [each.name for each in with_curves(many)] == ["e9", *(f"e{number}" for number in range(MOST_CURVES - 1))]
+    points = loss_points(many)
+    assert list(points)[:MOST_CURVES] == ["e9", *(f"e{number}" for number in range(MOST_CURVES - 1))]
+    assert describe_losses(points).endswith("; 4 more are not drawn.")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -176,6 +177,31 @@ def test_the_report_shows_the_measured_numbers(finished: FinishedRun) -> None:
     assert "smollm2-cpu-Q4_K_M.gguf" in html
     assert "smollm2-cpu-Q4_K_M.gguf" in markdown.replace("\\_", "_")  # Markdown escapes underscores
     assert "<svg" in html and "http://" not in html.replace("http://www.w3.org", "")
+
+
+def test_the_report_can_be_made_again_and_says_the_same(finished: FinishedRun, tmp_path: Path) -> None:
+    arguments = ["report", str(finished.run_dir), "--out", str(tmp_path), "--json"]
+    outcome = subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    written = finished.folder("report") / "report.json"
+    assert json.loads(outcome.stdout) == json.loads(written.read_text(encoding="utf-8"))
+    assert (tmp_path / "report.html").read_bytes() == (finished.folder("report") / "report.html").read_bytes()
+
+
+def test_a_failed_gate_ends_the_run_with_status_3_and_a_report_that_shows_it(
+    finished: FinishedRun, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished.run_dir, run_dir, copy_function=os.link)  # files are replaced, never written over
+    unreachable = ["--set", "verify.max_logit_nmse=1e-30", "--set", "verify.prompts=1"]
+    outcome = subprocess.run(command(run_dir, *unreachable), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert outcome.returncode == 3, outcome.stderr[-3000:]
+    assert "The GGUF is not the trained model: logit error" in outcome.stderr and "Traceback" not in outcome.stderr
+    report = json.loads((run_dir / "report" / "report.json").read_text(encoding="utf-8"))
+    assert report["decision"][0]["text"].startswith("Do not use smollm2-cpu-Q4_K_M.gguf")
+    assert {stage["stage"]: stage["state"] for stage in report["stages"]}["verify"] == "gate failed"
+    assert report["verified"]["passed"] is False and report["trained"] is not None
 
 
 def test_the_shipped_file_answers_in_the_chat(finished: FinishedRun) -> None:
