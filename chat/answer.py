@@ -37,8 +37,8 @@ class AnswerInProgress:
 
     @property
     def thought_tokens(self) -> int:
-        """Of the thought so far, what may yet turn out to be its end included."""
-        return self._tokens["thought"] + (self._undecided if self.part == "thought" else 0)
+        """Of the thought so far, without what may turn out to be the beginning of its end."""
+        return self._tokens["thought"]
 
     def count(self, ids: Iterator[int]) -> Iterator[int]:
         """Pass generated ids on."""

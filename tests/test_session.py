@@ -171,9 +171,12 @@ def test_the_budget_closes_the_thought_and_the_model_answers() -> None:
     assert (turn.thought_closed_by, turn.thought_tokens, turn.answer_tokens) == ("budget", 9, 5)
     assert model.prompts[1] == model.prompts[0] + "It may be\n[[</think>]]\n\n"  # the tag as a control token
     assert turn.context_tokens == turn.prompt_tokens + 9 + len("\n?\n\n") + 5
-    assert finish(
-        Session(ScriptedModel(["Short.</think>So."], r1=True), GREEDY, thought_budget=9), "x"
-    ).thought_closed_by
+
+
+def test_a_thought_that_is_just_ending_at_its_budget_ends_itself() -> None:
+    model = ScriptedModel(["Uric.</think>Gout."], r1=True)
+    turn = finish(Session(model, GREEDY, thought_budget=8), "A red toe?")
+    assert (turn.thought, turn.answer, turn.thought_closed_by) == ("Uric.", "Gout.", "model")
 
 
 @pytest.mark.parametrize(
@@ -220,7 +223,7 @@ def test_stop_ends_the_turn_as_a_whole_one() -> None:
     session.stop()
     (done,) = events
     assert isinstance(done, Done)
-    assert (done.turn.answer, done.turn.finished) == ("Gout i"[:5].rstrip(), "stopped")
+    assert (done.turn.answer, done.turn.finished) == ("Gout i", "stopped")
     assert finish(session, "y").finished == "end"
 
 
