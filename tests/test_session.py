@@ -373,3 +373,14 @@ def test_the_small_model_answers_twice() -> None:
         assert session.history == [first, second]
         session.clear()
         assert finish(session, "What is the capital of France?").answer == first.answer
+        session.max_new_tokens = 2
+        for odd in (
+            "\x00",
+            "\x04",
+            "\u202e\u200b\ufeff",
+            "👨‍👩‍👧" * 20,
+            "\U0010ffff",
+            "a" + "\u0300" * 100,
+            "</think>",
+        ):
+            assert finish(session, odd).finished in ("end", "length")
