@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from chat_models import ScriptedModel, small_model
 
+from chat.conversation_file import Conversation
 from chat.session import Done, Forgotten, Piece, Reading, Sampling, Session, ThoughtEnded, Turn
 from pipeline.errors import MedcotError
 from pipeline.prompts import ChatFormat
@@ -88,7 +89,8 @@ def test_whole_old_turns_make_room_and_are_named() -> None:
     forgotten, *_, done = session.ask("third")
     assert forgotten == Forgotten((first,))
     assert isinstance(done, Done)
-    assert session.history == [second, done.turn]
+    assert session.history == [second, done.turn] and session.forgotten == [first]
+    assert [turn.question[:5] for turn in Conversation.of(session, "m").turns] == ["first", "secon", "third"]
     assert "first" not in model.prompts[2] and "second" in model.prompts[2] and "b" * 40 in model.prompts[2]
 
 
