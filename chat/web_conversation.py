@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from chat import web_texts
 from chat.safety import RedFlagWatch
@@ -78,7 +79,7 @@ class Conversation:
             raise MedcotError(web_texts.NOTHING_ASKED)
         self._set(controls)
         generations = [
-            Generation(each.name, session, lambda session=session: session.ask(question))
+            Generation(each.name, session, partial(session.ask, question))
             for each, session in zip(self._models, self._sessions, strict=True)
         ]
         return self._submit(question, self._seed, generations)
@@ -98,9 +99,11 @@ class Conversation:
         """How many questions come before the last one of this conversation."""
         return 0 if self.last is None else self._queue.place(self.last)
 
-    def stop(self) -> None:
-        if self.last is not None:
-            self._queue.stop(self.last)
+    def stop(self, exchange: Exchange | None = None) -> None:
+        """End the answer under way, or leave the line; the last exchange's unless another is named."""
+        exchange = exchange or self.last
+        if exchange is not None:
+            self._queue.stop(exchange)
 
     def answer_now(self) -> None:
         if self.last is not None:
@@ -125,6 +128,4 @@ class Conversation:
 
 def _again(old: Generation, question: str, seed: int) -> Callable[[], Generator[Event, None, None]]:
     """Asks ``question`` again: in place of the old turn, or anew where the old answer never came about."""
-    if old.turn is not None:
-        return lambda: old.session.retry(seed)
-    return lambda: old.session.ask(question, seed)
+    return partial(old.session.ask, question, seed) if old.turn is None else partial(old.session.retry, seed)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from html import escape
-from itertools import pairwise
 
 from markdown_it import MarkdownIt
 
-from chat import web_texts
 from chat.session import Turn
 from chat.web_queue import Exchange, Generation
 
@@ -91,3 +89,78 @@ def _parts(generation: Generation, key: str) -> Sequence[str]:
     else:
         parts.append(f'<p class="note">{escape(_progress(generation))}</p>')
     return parts
+
+
+def _thought_to_html(generation: Generation, key: str) -> str:
+    """Open while the model thinks, folded when it answers; the page's script keeps what the user chose instead."""
+    is_open = "" if generation.answer or generation.finished else " open"
+    words = len(generation.thought.split())
+    return (
+        f'<details class="thought" data-key="{key}"{is_open}>'
+        f"<summary>Thought ({words} {'word' if words == 1 else 'words'}, {generation.thought_seconds:.1f} s)</summary>"
+        f"<div>{markdown_to_html(generation.thought)}</div></details>"
+    )
+
+
+def _warning_to_html(warning: str) -> str:
+    return f'<div class="red-flag" role="alert">{_lines(warning)}</div>'
+
+
+def _figures_to_html(turn: Turn) -> str:
+    figures = [f"{turn.tokens} tokens in {turn.seconds:.1f} s"]
+    if turn.tokens_per_second is not None:
+        figures.insert(0, f"<b>{turn.tokens_per_second:.1f} tokens/s</b>")
+    if turn.time_to_first_token is not None:
+        figures.append(f"first token after {turn.time_to_first_token:.1f} s")
+    used = f"{turn.context_tokens} of {turn.context_size} tokens"
+    return (
+        f'<p class="note">{escape(_ending(turn))}</p>'
+        f'<p class="figures">{" · ".join(figures)} · <span class="context">context '
+        f'<meter min="0" max="{turn.context_size}" value="{turn.context_tokens}" aria-label="Context in use"></meter> '
+        f"{used}</span></p>"
+    )
+
+
+def _ending(turn: Turn) -> str:
+    """What is unusual about how a turn ended; nothing where nothing is."""
+    told = []
+    match turn.thought_closed_by:
+        case "budget":
+            told.append("The thought was ended by the thought budget.")
+        case "user":
+            told.append("The thought was ended by “Answer now”.")
+        case "loop":
+            told.append("The thought was ended because it repeated itself.")
+    match turn.finished:
+        case "stopped":
+            told.append("Stopped.")
+        case "looped":
+            told.append("Ended because it repeated itself.")
+        case "length":
+            before = "" if turn.answer else " before the answer"
+            told.append(f"Cut off{before} at the length limit: raise the length, or begin a new conversation.")
+        case "end" if not turn.answer:
+            told.append("The model ended without an answer.")
+    return " ".join(told)
+
+
+def _progress(generation: Generation) -> str:
+    match generation.state:
+        case "waiting":
+            return "Waiting ..."
+        case "reading":
+            reading = generation.reading
+            return "Reading ..." if reading is None else f"Reading: {reading.tokens} of {reading.prompt_tokens} tokens"
+        case "thinking":
+            return "Thinking ..."
+        case _:
+            return "Answering ..."
+
+
+def _lines(text: str) -> str:
+    return escape(text).replace("\n", "<br>")
+
+
+def _shorten(text: str, limit: int = 60) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."

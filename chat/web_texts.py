@@ -1,4 +1,4 @@
-"""What the page says by itself: its disclaimer, its example questions, its labels that need more than two words."""
+"""What the page says by itself: its disclaimer, its example questions, and the sentences for what cannot be done."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from chat.disclaimer import FULL_DISCLAIMER
 TITLE = "medcot"
 
 # The terminal's last sentence is not true of a page that others may open.
-_STAYS_HERE = "What you write stays on this computer."
 PAGE_DISCLAIMER = FULL_DISCLAIMER.replace(
-    _STAYS_HERE, "What you write goes to the computer that serves this page and no further; closing the page forgets it."
+    "What you write stays on this computer.",
+    "What you write goes to the computer that serves this page and no further; closing the page forgets it.",
 )
 
 EXAMPLES = (
@@ -21,16 +21,13 @@ EXAMPLES = (
 )
 
 QUESTION_HINT = "Enter sends, Shift+Enter begins a new line."
+ANSWERING = "Answering."
+CLEARED = "A new conversation."
 NOTHING_ASKED = "Write a question first."
 STILL_ANSWERING = "The last question is still being answered: wait, or press Stop."
 NOTHING_TO_RETRY = "There is no question yet to ask again."
 
 
-def too_long(characters: int, limit: int) -> str:
-    return f"The message has {characters} characters, more than the {limit} that could ever fit the context: shorten it."
-
-
 def waiting(place: int) -> str:
-    """``place`` 1 is next."""
-    others = "one question is" if place == 1 else f"{place} questions are"
-    return f"Waiting: {others} before yours."
+    """``place`` questions come before."""
+    return f"Waiting: {'one question is' if place == 1 else f'{place} questions are'} before yours."
