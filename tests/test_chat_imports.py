@@ -9,7 +9,21 @@ from pathlib import Path
 from chat_models import small_model
 
 ROOT = Path(__file__).resolve().parent.parent
-FORBIDDEN = ("torch", "transformers", "peft", "trl", "unsloth", "datasets", "tokenizers", "numba", "llvmlite", "bench")
+FORBIDDEN = (
+    *(
+        "torch",
+        "transformers",
+        "peft",
+        "trl",
+        "unsloth",
+        "datasets",
+        "tokenizers",
+        "numba",
+        "llvmlite",
+        "gguf",
+        "bench",
+    ),
+)
 
 CHAT = """
 import json, sys
