@@ -240,7 +240,9 @@ async def _follow(view: _View, conversation: Conversation, submit: Callable[[], 
     except MedcotError as error:
         yield view.updates(state=conversation, status=escape(str(error)))
         return
-    past = "".join(exchange_to_html(each, index) for index, each in enumerate(conversation.exchanges[:-1]))
+    past = "".join(
+        exchange_to_html(each, index, is_last=False) for index, each in enumerate(conversation.exchanges[:-1])
+    )
     number = len(conversation.exchanges) - 1
     place = None
     try:
