@@ -29,6 +29,7 @@ class GgufModel:
     """A GGUF under llama.cpp. ``n_ctx`` 0 takes the model's own context length (tokens).
 
     ``system`` None takes the system prompt that the file says it was trained with, if any; "" takes none.
+    ``llama`` is the file as someone else has loaded it already, with settings of its own.
     """
 
     def __init__(
@@ -40,12 +41,13 @@ class GgufModel:
         n_gpu_layers: int = 0,
         n_batch: int = 512,
         system: str | None = None,
+        llama: llama_cpp.Llama | None = None,
     ) -> None:
         check_is_gguf(path)
         threads = n_threads or usable_cores()  # llama-cpp-python would take half of them
         self.path = path
         try:
-            self._llama = llama_cpp.Llama(
+            self._llama = llama or llama_cpp.Llama(
                 str(path),
                 n_ctx=n_ctx,
                 n_batch=n_batch,
