@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.style import Style
 
-from chat.session import Done, Event, Forgotten, Piece, Turn
+from chat.safety import RedFlagWatch
+from chat.turn import Done, Event, Forgotten, Piece, Reading, Turn
 from pipeline.thought import Part
 
 # C0 controls but for tab and newline become their Unicode pictures, carriage returns vanish, DEL and C1
@@ -73,6 +74,8 @@ class StreamingDisplay:
         match event:
             case Forgotten(turns):
                 self._streams.note(_describe_forgotten(turns))
+            case Reading():
+                pass
             case Piece(part, text):
                 self._enter(part)
                 self._print(part, harmless(text))
@@ -104,21 +107,31 @@ class StreamingDisplay:
             write(self._streams.status, text, "dim")
 
 
-def turn_as_json(model_name: str, turn: Turn) -> str:
-    """One turn as one JSON document; in ASCII, so it survives any terminal, pipe and locale."""
-    return json.dumps(
-        {
-            "model": model_name,
-            "question": turn.question,
-            "thought": turn.thought,
-            "answer": turn.answer,
-            "tokens": turn.tokens,
-            "seconds": round(turn.seconds, 3),
-            "tokens_per_second": None if turn.tokens_per_second is None else round(turn.tokens_per_second, 2),
-            "finished": turn.finished,
-        },
-        indent=2,
-    )
+def turn_as_json(model_name: str, turn: Turn, watch: RedFlagWatch) -> str:
+    """One turn as one JSON document; in ASCII, so it survives any terminal, pipe and locale.
+
+    ``red_flags`` are the emergencies that the question may tell of, whatever the model made of it.
+    """
+    figures = turn.model_dump(mode="json")
+    document = {
+        "model": model_name,
+        "question": figures.pop("question"),
+        "red_flags": [
+            {
+                "id": flag.id,
+                "title": flag.title,
+                "form": flag.form,
+                "quote": flag.quote,
+                "message": watch.message(flag),
+            }
+            for flag in watch.flags(turn.question)
+        ],
+        "thought": figures.pop("thought"),
+        "answer": figures.pop("answer"),
+        "tokens": turn.tokens,
+        **{name: round(value, 3) if isinstance(value, float) else value for name, value in figures.items()},
+    }
+    return json.dumps(document, indent=2)
 
 
 def _describe_turn(turn: Turn) -> str:
@@ -129,6 +142,8 @@ def _describe_turn(turn: Turn) -> str:
         figures.append(f"first token after {turn.time_to_first_token:.2f} s")
     if turn.finished == "stopped":
         figures.append("stopped")
+    elif turn.finished == "looped":
+        figures.append("ended, because it repeated itself endlessly")
     elif turn.finished == "length":
         figures.append("cut off at the token limit" + ("" if turn.answer else " before the answer: raise the limit"))
     elif not turn.answer:

@@ -4,6 +4,9 @@
     flags = find_red_flags("I can't breathe", rules)
     print(warning(flags, rules, numbers_for(rules)))
 
+    watch = RedFlagWatch.load()  # rules and numbers together, as the chat's frontends use them
+    print(watch.warning("I can't breathe"))
+
 The rules are words in a file (``chat/data/red_flags.yaml``); nothing is learned, and nothing is sent anywhere.
 They miss emergencies and alarm without need: of emergencies told in words that nobody thought of when the rules were
 written, they found four in ten (``python tests/red_flag_accuracy.py``). No flag never means no emergency.
@@ -14,19 +17,48 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from chat.emergency_numbers import numbers_for
 from chat.phrases import Hit, Phrase
 from chat.plain_words import split_words
 from chat.red_flag_rules import Group, Numbers, Pattern, Rules, load_rules
 from chat.statements import Statements
 
-__all__ = ["RedFlag", "find_red_flags", "load_rules", "warning"]
+__all__ = ["RedFlag", "RedFlagWatch", "find_red_flags", "load_rules", "warning"]
 
 ADVICE = "Do not wait for the model's answer. Where another emergency number holds, call that."
 NEAR = 15  # words between the phrases of one pattern, also across sentences
 
 Form = Literal["alarm", "reminder"]
+
+
+@dataclass(frozen=True)
+class RedFlagWatch:
+    """Rules with the numbers that their warnings name: what a terminal, a page or a server looks at a question with."""
+
+    rules: Rules
+    numbers: Numbers
+
+    @classmethod
+    def load(
+        cls, rules_file: Path | None = None, emergency_number: str | None = None, country: str | None = None
+    ) -> RedFlagWatch:
+        """The packaged rules unless others are named; numbers as ``numbers_for`` finds them. Raises MedcotError."""
+        rules = load_rules(rules_file)
+        return cls(rules, numbers_for(rules, emergency_number, country))
+
+    def flags(self, question: str) -> list[RedFlag]:
+        return find_red_flags(question, self.rules)
+
+    def warning(self, question: str) -> str | None:
+        """What to show above the answer, whatever it says; see ``warning``."""
+        return warning(self.flags(question), self.rules, self.numbers)
+
+    def message(self, flag: RedFlag) -> str:
+        """What to do about it, with the numbers to call."""
+        return flag.message.format(**dict(self.numbers))
 
 
 @dataclass(frozen=True)

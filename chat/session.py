@@ -6,21 +6,27 @@ Knows nothing of terminals or web pages; a page or a terminal shows the events t
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from threading import Event as Flag
 from typing import Literal, Protocol
 
+from chat.answer import AnswerInProgress
+from chat.turn import Done, Event, Finished, Forgotten, Piece, Reading, Turn
 from pipeline.errors import MedcotError
-from pipeline.prompts import ChatFormat, Message
-from pipeline.thought import Part, ThoughtParser, parse_output
+from pipeline.prompts import THINK_CLOSE, THINK_OPEN, ChatFormat, Message
+
+__all__ = [
+    "ChatModel", "Done", "Event", "Finished", "Forgotten", "Piece", "Reading", "Sampling", "Session", "Turn",
+]  # fmt: skip
 
 # DeepSeek's usage recommendations for R1 and its distillations: https://huggingface.co/deepseek-ai/DeepSeek-R1
 # Models tuned to think in the same way get the same, unless their file says otherwise.
 DEFAULT_TEMPERATURE = 0.6
 DEFAULT_TOP_P = 0.95
-
-Finished = Literal["end", "length", "stopped"]
+# Characters. Vocabularies hold no longer ones but for runs of spaces, so a text of so many is too long untokenized:
+# tokenizing a pasted book would take minutes.
+_LONGEST_TOKEN = 256
 
 
 class ChatModel(Protocol):
@@ -34,6 +40,9 @@ class ChatModel(Protocol):
 
     @property
     def chat_format(self) -> ChatFormat: ...
+
+    def read_prompt(self, ids: Sequence[int]) -> Iterator[int]:
+        """Evaluate a prompt in parts; yield how many of its ids the cache holds, first those of earlier calls."""
 
     def generate(
         self, ids: Sequence[int], max_new_tokens: int, *, temperature: float, top_p: float, seed: int
@@ -70,109 +79,187 @@ class Sampling:
         )
 
 
-@dataclass(frozen=True)
-class Turn:
-    """One question and what the model said to it.
+class Session:
+    """``history`` holds whole turns; of them the model sees questions and answers, never thoughts.
 
-    ``seconds`` is the whole turn; ``tokens_per_second`` the pace of generation, so without the prompt and the
-    first token, and None below two tokens. ``finished``: the model ended its turn, ran into the limit of
-    tokens, or was stopped.
+    ``sampling``, ``max_new_tokens`` (of thought and answer together) and ``thought_budget`` may be changed between two
+    questions. A thought that has taken ``thought_budget`` tokens is closed and the model made to answer; 0 leaves the
+    thought out, None lets it go on. ``system`` as ``set_system`` has it.
+
+    One thread at a time may ask; ``answer_now`` and ``stop`` may be called from any other thread and from a signal's
+    handler.
     """
 
-    question: str
-    thought: str | None
-    answer: str
-    tokens: int
-    seconds: float
-    time_to_first_token: float | None
-    tokens_per_second: float | None
-    finished: Finished
-
-
-@dataclass(frozen=True)
-class Forgotten:
-    """Old turns left the conversation: with them, prompt and answer would not fit the context."""
-
-    turns: tuple[Turn, ...]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The next stretch of thought or answer."""
-
-    part: Part
-    text: str
-
-
-@dataclass(frozen=True)
-class Done:
-    """The turn as it went into the history."""
-
-    turn: Turn
-
-
-Event = Forgotten | Piece | Done
-
-
-class Session:
-    """``history`` holds whole turns; of them the model sees questions and answers, never thoughts."""
-
-    def __init__(self, model: ChatModel, sampling: Sampling, max_new_tokens: int = 1024) -> None:
+    def __init__(
+        self,
+        model: ChatModel,
+        sampling: Sampling,
+        max_new_tokens: int = 1024,
+        thought_budget: int | None = None,
+        system: str | None = None,
+    ) -> None:
         self.model = model
         self.sampling = sampling
         self.max_new_tokens = max_new_tokens
+        self.thought_budget = thought_budget
         self.history: list[Turn] = []
+        self._system: str | None = None
+        self._stop, self._answer_now = Flag(), Flag()
+        if system is not None:
+            self.set_system(system)
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt in use, None where there is none."""
+        return self.model.chat_format.system if self._system is None else self._system or None
+
+    @property
+    def own_system(self) -> str | None:
+        """What ``set_system`` was last told."""
+        return self._system
+
+    def set_system(self, text: str | None) -> None:
+        """From the next question on: this system prompt, "" for none, None for the one the file was trained with.
+
+        Raises MedcotError, with nothing changed, where the model's template takes none.
+        """
+        if text is not None:
+            text = text.strip()
+        if text:
+            self.model.chat_format.prompt_ids([{"role": "system", "content": text}, {"role": "user", "content": "x"}])
+        self._system = text
 
     def clear(self) -> None:
+        """Forget all turns; settings stay."""
         self.history.clear()
 
-    def ask(self, text: str) -> Generator[Event, None, None]:
-        """Yield the answer as it is made: Forgotten where turns had to go, then pieces, then Done.
+    def stop(self) -> None:
+        """End the answer under way after its next token, as a whole turn with its Done; nothing where there is none."""
+        self._stop.set()
 
-        A caller that stops early (closes the iterator, or is interrupted) finds what was said by then as the
-        last turn of ``history``. Raises MedcotError, with the history unchanged, when the message alone is
-        too long for the context.
+    def answer_now(self) -> None:
+        """Close the thought under way after its next token and make the model answer; nothing where there is none."""
+        self._answer_now.set()
+
+    def ask(self, text: str, seed: int | None = None) -> Generator[Event, None, None]:
+        """Yield the answer as it is made: Forgotten where turns had to go, Reading, pieces, then Done.
+
+        ``seed`` is this turn's own. A caller that stops early (closes the iterator, or is interrupted) finds what was
+        said by then as the last turn of ``history``. Raises MedcotError, with the history unchanged, when there is no
+        question or when it alone is too long for the context.
         """
-        answer = _AnswerInProgress(text.strip(), self.model.chat_format.opens_thought)
+        self._stop.clear()
+        self._answer_now.clear()
+        question = text.strip()
+        if not question:
+            raise MedcotError("The question is empty: write one.")
+        answer = AnswerInProgress(
+            question, self.sampling.seed if seed is None else seed, self.model.chat_format.opens_thought
+        )
+        n_ctx = self.model.n_ctx
         try:
-            forgotten, prompt = self._fit(answer.question)
+            forgotten, prompt = self._fit(question)
             if forgotten:
                 self.history = self.history[len(forgotten) :]
                 yield Forgotten(forgotten)
-            limit = min(self.max_new_tokens, self.model.n_ctx - len(prompt))
-            ids = self.model.generate(
-                prompt,
-                limit,
-                temperature=self.sampling.temperature,
-                top_p=self.sampling.top_p,
-                seed=self.sampling.seed,
-            )
-            for new_text in self.model.stream_text(answer.count(ids)):
-                yield from answer.take(new_text)
-            yield from answer.rest()
+            finished = yield from self._answer(answer, prompt)
         except (GeneratorExit, KeyboardInterrupt):
-            self.history.append(answer.turn("stopped"))
+            self.history.append(answer.turn("stopped", n_ctx))
             raise
-        turn = answer.turn("length" if answer.tokens >= limit else "end")
+        turn = answer.turn(finished, n_ctx)
         self.history.append(turn)
         yield Done(turn)
+
+    def retry(self, seed: int | None = None) -> Generator[Event, None, None]:
+        """Ask the last question again with another seed, in place of the last turn; events as of ``ask``.
+
+        Raises MedcotError, with the history unchanged, when there is no last question.
+        """
+        if not self.history:
+            raise MedcotError("There is no question to ask again: ask one.")
+        last = self.history.pop()
+        try:
+            yield from self.ask(last.question, last.seed + 1 if seed is None else seed)
+        except MedcotError:
+            self.history.append(last)
+            raise
+
+    def _answer(self, answer: AnswerInProgress, prompt: Sequence[int]) -> Generator[Event, None, Finished]:
+        """Read the prompt, then stream thought and answer, the thought closed where it takes too long; how it ended."""
+        answer.prompt_tokens = len(prompt)
+        for index, held in enumerate(self.model.read_prompt(prompt)):
+            if index == 0:
+                answer.reused_tokens = held
+            else:
+                yield Reading(held, len(prompt))
+            if self._stop.is_set():
+                return "stopped"
+        if self.thought_budget == 0 or self._answer_now.is_set():
+            yield from answer.put(*self._empty_thought(), "budget" if self.thought_budget == 0 else "user")
+        has_looped = False
+        while True:
+            ended = yield from self._stream(answer, prompt)
+            if ended == "looped" and answer.part == "thought" and not has_looped:
+                has_looped, ended = True, "loop"
+            if ended == "budget" or ended == "user" or ended == "loop":
+                yield from answer.put(*self._thought_end(), ended)
+            else:
+                yield from answer.rest()
+                return ended
+
+    def _stream(
+        self, answer: AnswerInProgress, prompt: Sequence[int]
+    ) -> Generator[Event, None, Finished | Literal["budget", "user", "loop"]]:
+        """Generate until the turn ends, or until the thought under way has to be closed; which of them, and why."""
+        context = [*prompt, *answer.ids]
+        limit = min(self.max_new_tokens - answer.generated, self.model.n_ctx - len(context))
+        if limit <= 0:
+            return "length"
+        limit += answer.generated
+        ids = self.model.generate(
+            context,
+            limit - answer.generated,
+            temperature=self.sampling.temperature,
+            top_p=self.sampling.top_p,
+            seed=answer.seed,
+        )
+        for new_text in self.model.stream_text(answer.count(ids)):
+            yield from answer.take(new_text)
+            if self._stop.is_set():
+                return "stopped"
+            if answer.part == "thought":
+                if self._answer_now.is_set():
+                    self._answer_now.clear()
+                    return "user"
+                if self.thought_budget is not None and answer.thought_tokens >= self.thought_budget:
+                    return "budget"
+            if answer.loops():
+                return "looped"
+        return "length" if answer.generated >= limit else "end"
+
+    def _empty_thought(self) -> tuple[list[int], str]:
+        """What leaves the thought out, as ids and as the text that the parser wants."""
+        opening = "" if self.model.chat_format.opens_thought else THINK_OPEN
+        return self.model.chat_format.empty_thought_ids(), opening + THINK_CLOSE
+
+    def _thought_end(self) -> tuple[list[int], str]:
+        return self.model.chat_format.thought_end_ids(), THINK_CLOSE
 
     def _fit(self, question: str) -> tuple[tuple[Turn, ...], list[int]]:
         """The oldest turns, as many as must go for prompt and answer to fit, and the prompt without them."""
         n_ctx = self.model.n_ctx
         # A context smaller than two answers keeps half of itself for the question.
         reserved = min(self.max_new_tokens, n_ctx // 2)
+        if len(question) > n_ctx * _LONGEST_TOKEN:
+            raise MedcotError(_too_long(f"has {len(question):,} characters", reserved, n_ctx))
         for first_kept in range(len(self.history) + 1):
             ids = self.model.chat_format.prompt_ids(self._messages(self.history[first_kept:], question))
             if len(ids) + reserved <= n_ctx:
                 return tuple(self.history[:first_kept]), ids
-        raise MedcotError(
-            f"The message takes {len(ids)} tokens, and beside an answer of {reserved} the context of {n_ctx} "
-            f"has room for {n_ctx - reserved}: shorten it, or open the model with a larger context."
-        )
+        raise MedcotError(_too_long(f"takes {len(ids)} tokens", reserved, n_ctx))
 
     def _messages(self, turns: Sequence[Turn], question: str) -> list[Message]:
-        system = self.model.chat_format.system
+        system = self.system
         messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         for turn in turns:
             # Templates want strict alternation, so a question that got no answer is not told either.
@@ -182,47 +269,11 @@ class Session:
         return [*messages, {"role": "user", "content": question}]
 
 
-class _AnswerInProgress:
-    """Collects an output while it is streamed, with its times."""
-
-    def __init__(self, question: str, opens_thought: bool) -> None:
-        self.question = question
-        self.tokens = 0
-        self._opens_thought = opens_thought
-        self._parser = ThoughtParser(opens_thought)
-        self._text = ""
-        self._started = self._first_token = self._last_token = time.perf_counter()
-
-    def count(self, ids: Iterator[int]) -> Iterator[int]:
-        for token in ids:
-            self._last_token = time.perf_counter()
-            if self.tokens == 0:
-                self._first_token = self._last_token
-            self.tokens += 1
-            yield token
-
-    def take(self, text: str) -> Iterator[Piece]:
-        self._text += text
-        for part, piece in self._parser.feed(text):
-            yield Piece(part, piece)
-
-    def rest(self) -> Iterator[Piece]:
-        for part, piece in self._parser.finish():
-            yield Piece(part, piece)
-
-    def turn(self, finished: Finished) -> Turn:
-        parsed = parse_output(self._text, self._opens_thought)
-        generating = self._last_token - self._first_token
-        return Turn(
-            question=self.question,
-            thought=parsed.thought,
-            answer=parsed.answer,
-            tokens=self.tokens,
-            seconds=time.perf_counter() - self._started,
-            time_to_first_token=self._first_token - self._started if self.tokens else None,
-            tokens_per_second=(self.tokens - 1) / generating if generating > 0 else None,
-            finished=finished,
-        )
+def _too_long(message: str, reserved: int, n_ctx: int) -> str:
+    return (
+        f"The message {message}, and beside an answer of {reserved} the context of {n_ctx} "
+        f"has room for {n_ctx - reserved}: shorten it, or open the model with a larger context."
+    )
 
 
 def _first(asked: float | None, in_file: str | None, default: float) -> float:

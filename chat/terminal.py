@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from chat.disclaimer import disclaimer_to_show
 from chat.display import StreamingDisplay, Streams, harmless, turn_as_json, write
-from chat.emergency_numbers import numbers_for
 from chat.proof import known_proof, prove
-from chat.safety import find_red_flags, load_rules, warning
+from chat.safety import RedFlagWatch
 from chat.session import ChatModel, Sampling, Session
 from pipeline.errors import MedcotError
 
-# What a user writes -> the warning to show above the answer, if any.
-Watch = Callable[[str], str | None]
 HELP = """\
 /new    forget the conversation
 /help   show this
@@ -57,7 +54,7 @@ def run_chat(
         raise MedcotError("--json answers one question: give it with --prompt or through standard input.")
     if question is not None and not question.strip():
         raise MedcotError("The question is empty: give it with --prompt or through standard input.")
-    watch = _watch(red_flags, emergency_number, country)
+    watch = RedFlagWatch.load(red_flags, emergency_number, country)
     if question is not None:
         _warn(question, watch, streams)
     if not as_json:
@@ -71,7 +68,7 @@ def run_chat(
         if question is None:
             _converse(session, streams, show_thought, watch)
         elif as_json:
-            _answer_as_json(session, _as_text(question), path.name, streams)
+            _answer_as_json(session, _as_text(question), path.name, streams, watch)
         elif not _answer(session, _as_text(question), streams, show_thought):
             raise KeyboardInterrupt
 
@@ -87,19 +84,13 @@ def open_model(path: Path, n_ctx: int, threads: int | None) -> Iterator[ChatMode
         yield model
 
 
-def _watch(rules_file: Path | None, emergency_number: str | None, country: str | None) -> Watch:
-    rules = load_rules(rules_file)
-    numbers = numbers_for(rules, emergency_number, country)
-    return lambda text: warning(find_red_flags(text, rules), rules, numbers)
-
-
-def _warn(question: str, watch: Watch, streams: Streams) -> None:
-    told = watch(question)
+def _warn(question: str, watch: RedFlagWatch, streams: Streams) -> None:
+    told = watch.warning(question)
     if told is not None:
         write(streams.status, harmless(told) + "\n", "bold red")
 
 
-def _converse(session: Session, streams: Streams, show_thought: bool, watch: Watch) -> None:
+def _converse(session: Session, streams: Streams, show_thought: bool, watch: RedFlagWatch) -> None:
     with suppress(ImportError):
         importlib.import_module("readline")  # gives input() line editing and recall
     streams.note("/help lists the commands, /quit ends.")
@@ -147,7 +138,7 @@ def _answer(session: Session, question: str, streams: Streams, show_thought: boo
             return False
 
 
-def _answer_as_json(session: Session, question: str, model_name: str, streams: Streams) -> None:
+def _answer_as_json(session: Session, question: str, model_name: str, streams: Streams, watch: RedFlagWatch) -> None:
     with closing(session.ask(question)) as events:
         try:
             for _ in events:
@@ -155,7 +146,7 @@ def _answer_as_json(session: Session, question: str, model_name: str, streams: S
         finally:
             events.close()
             if session.history:
-                write(streams.answer, turn_as_json(model_name, session.history[-1]) + "\n")
+                write(streams.answer, turn_as_json(model_name, session.history[-1], watch) + "\n")
 
 
 def _read_line(streams: Streams) -> str:

@@ -23,6 +23,7 @@ from pipeline.prompts import ChatFormat
 from pipeline.vocabulary import LlamaCppVocabulary
 
 GGUF_MAGIC = b"GGUF"
+PROMPT_PART = 128  # tokens of a prompt between two chances to stop; larger parts are hardly faster on a CPU
 
 
 class GgufModel:
@@ -153,6 +154,32 @@ class GgufModel:
         finally:
             llama_cpp.llama_batch_free(batch)
             llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+
+    def read_prompt(self, ids: Sequence[int]) -> Iterator[int]:
+        """Evaluate all of ``ids`` but the last in parts, so that ``generate`` begins at once; the caller may end it.
+
+        Yields how many of them the cache holds: first what earlier calls left there (the longest common beginning),
+        then after each part.
+        """
+        held = self._keep_common_beginning(ids)
+        yield held
+        while held < len(ids) - 1:
+            part = ids[held : min(held + PROMPT_PART, len(ids) - 1)]
+            self._llama.eval(part)
+            held += len(part)
+            yield held
+
+    def _keep_common_beginning(self, ids: Sequence[int]) -> int:
+        """Drop from the cache what ``ids`` do not begin with; the number of ids that stay, at most all but the last."""
+        held = self._llama.input_ids[: min(self._llama.n_tokens, len(ids) - 1)]
+        different = np.flatnonzero(held != np.asarray(ids[: len(held)], dtype=held.dtype))
+        common = int(different[0]) if len(different) else len(held)
+        memory = llama_cpp.llama_get_memory(self._llama.ctx)
+        if common == 0 or not llama_cpp.llama_memory_seq_rm(memory, -1, common, -1):
+            self._llama.reset()  # a recurrent model cannot go back
+            return 0
+        self._llama.n_tokens = common
+        return common
 
     def generate(
         self,

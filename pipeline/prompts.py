@@ -126,6 +126,15 @@ class ChatFormat:
         """The prompt for a single question, with the configured system prompt if there is one."""
         return self.prompt_ids(self._conversation(question))
 
+    def thought_end_ids(self) -> list[int]:
+        """Ids that close a thought under way, behind which the model answers; as in training."""
+        return self._encode([Piece(f"\n{THINK_CLOSE}\n\n", True)], continues=True)
+
+    def empty_thought_ids(self) -> list[int]:
+        """Ids behind a prompt that leave the thought out: opened and closed at once, as for examples without one."""
+        opening = "" if self.opens_thought else f"{THINK_OPEN}\n"
+        return self._encode([Piece(f"{opening}{THINK_CLOSE}\n\n", True)], continues=True)
+
     def completion_text(self, example: Example) -> str:
         """What the model should write, from the opening of its thought to the end of its turn, as text."""
         return "".join(piece.text for piece in self._completion_pieces(example))

@@ -58,6 +58,9 @@ class ScriptedModel:
         self.prompts: list[str] = []
         self._outputs = list(outputs)
 
+    def read_prompt(self, ids: Sequence[int]) -> Iterator[int]:
+        yield 0
+
     def generate(
         self, ids: Sequence[int], max_new_tokens: int, *, temperature: float, top_p: float, seed: int
     ) -> Iterator[int]:

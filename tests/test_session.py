@@ -100,7 +100,7 @@ def test_a_message_too_long_for_the_context_is_refused_and_forgets_nothing() -> 
 
 
 def test_a_small_context_keeps_half_of_itself_for_the_question() -> None:
-    model = ScriptedModel(["a" * 500], n_ctx=300)
+    model = ScriptedModel(["".join(map(str, range(500)))], n_ctx=300)
     turn = finish(Session(model, GREEDY, max_new_tokens=1024), "q" * 50)
     assert turn.finished == "length"
     assert 150 < turn.tokens < 250

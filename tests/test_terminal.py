@@ -88,14 +88,35 @@ def test_json_is_one_document_and_nothing_else(
     assert err == "" and "\x1b" not in out
     answer = json.loads(out)
     assert answer.pop("seconds") >= 0 and answer.pop("tokens_per_second") > 0
+    assert min(answer.pop(f"{part}_seconds") for part in ("thought", "answer")) >= 0
+    assert answer.pop("time_to_first_token") >= 0
+    prompt_tokens = answer.pop("prompt_tokens")
     assert answer == {
         "model": "model.gguf",
         "question": "A red toe?",
+        "red_flags": [],
         "thought": "Uric acid.",
         "answer": "Gout. \x1b[2J 38 °C",
         "tokens": len(OUTPUT) + 11,
+        "thought_tokens": len("<think>\nUric acid.\n</think>"),
+        "answer_tokens": len("\n\nGout. \x1b[2J 38 °C"),
+        "reused_tokens": 0,
+        "context_tokens": prompt_tokens + len(OUTPUT) + 11,
+        "context_size": 10_000,
+        "seed": answer["seed"],
+        "thought_closed_by": "model",
         "finished": "end",
     }
+
+
+def test_json_tells_of_red_flags_in_the_question(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use(monkeypatch, ScriptedModel([OUTPUT]))
+    terminal.run_chat(MODEL, "I can't breathe", as_json=True, emergency_number="0118 999")
+    (flag,) = json.loads(capsys.readouterr().out)["red_flags"]
+    assert flag["quote"] == "can't breathe" and flag["form"] == "alarm" and flag["id"] and flag["title"]
+    assert "0118 999" in flag["message"] and "{" not in flag["message"]
 
 
 def test_an_interrupt_prints_what_was_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
