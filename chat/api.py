@@ -36,7 +36,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from chat.api_answer import Documents, Finished, Reply
-from chat.api_request import ChatRequest, Refusal, explain, parse_chat_request, parse_json_object
+from chat.api_request import Refusal, explain, parse_chat_request, parse_json_object, too_long
 from chat.disclaimer import DISCLAIMER
 from chat.proof import prove
 from chat.safety import RedFlagWatch
@@ -95,12 +95,12 @@ def serve_api(
         raise MedcotError(
             f"Whoever reaches {host} could use the model: set MEDCOT_API_KEY to a key of yours, or leave out --host."
         )
-    with _listen(host, port) as listener:
+    with listen(host, port) as listener:
         app = build_app(
             path, watch, n_ctx=n_ctx, threads=threads, api_key=api_key, hosts=LOOPBACK_NAMES if is_loopback else None
         )
         announce(DISCLAIMER)
-        announce(f"{path.stem} answers at http://{_address(listener)}/v1 (Ctrl-C ends).")
+        announce(f"{path.stem} answers at http://{address(listener)}/v1 (Ctrl-C ends).")
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACE)
         uvicorn.Server(config).run(sockets=[listener])
 
@@ -149,12 +149,7 @@ class _Endpoint:
             raise Refusal("prompt takes one text, and n and best_of 1: this server answers one at a time.", "prompt")
         length = len(self._model.tokenize_like_llama_cpp(asked.prompt)) + 1  # the library adds a BOS
         if length >= self._model.n_ctx:
-            raise Refusal(
-                f"The prompt takes {length} tokens and the context has {self._model.n_ctx}, answer included: "
-                "shorten it, or start the server with a larger --ctx.",
-                "prompt",
-                "context_length_exceeded",
-            )
+            raise too_long(f"prompt takes {length} tokens", self._model.n_ctx, "prompt")
         return await create_completion(request, asked)
 
     async def models(self) -> dict[str, Any]:
@@ -268,7 +263,7 @@ def _error(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host.strip("[]"), port), family=family)
@@ -276,6 +271,6 @@ def _listen(host: str, port: int) -> socket.socket:
         raise MedcotError(f"{host}:{port} cannot be listened at ({error.strerror}): choose another --port.") from error
 
 
-def _address(listener: socket.socket) -> str:
+def address(listener: socket.socket) -> str:
     host, port, *_ = listener.getsockname()
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

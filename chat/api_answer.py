@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from chat.answer import AnswerInProgress
-from chat.api_request import ChatRequest, Refusal
+from chat.api_request import ChatRequest, too_long
 from chat.safety import RedFlagWatch
-from chat.session import ChatModel, Sampling, Session
+from chat.session import LONGEST_TOKEN, ChatModel, Sampling, Session
 from chat.stop_texts import StopTexts
 from chat.turn import Done, Event, Piece, Reading, Turn
 from pipeline.thought import Part
@@ -28,7 +28,7 @@ _SEEDS = 2**32 - 1
 
 @dataclass(frozen=True)
 class Finished:
-    """The whole answer; ``answer`` ends before the first stop text."""
+    """The whole answer; ``answer`` ends before the first stop text, ``thought`` is None where nothing was thought."""
 
     thought: str | None
     answer: str
@@ -62,15 +62,14 @@ class Reply(Session):
     def __init__(self, model: ChatModel, request: ChatRequest) -> None:
         seed = None if request.seed is None else request.seed % _SEEDS
         sampling = Sampling.for_model(model, temperature=request.temperature, top_p=request.top_p, seed=seed)
-        self._prompt = model.chat_format.prompt_ids(request.conversation(model.chat_format.system))
+        messages = request.conversation(model.chat_format.system)
+        characters = sum(len(message["content"]) for message in messages)
+        if characters > model.n_ctx * LONGEST_TOKEN:
+            raise too_long(f"messages have {characters:,} characters", model.n_ctx, "messages")
+        self._prompt = model.chat_format.prompt_ids(messages)
         room = model.n_ctx - len(self._prompt)
         if room <= 0:
-            raise Refusal(
-                f"The messages take {len(self._prompt)} tokens and the context has {model.n_ctx}, answer included: "
-                "shorten them, or start the server with a larger --ctx.",
-                "messages",
-                "context_length_exceeded",
-            )
+            raise too_long(f"messages take {len(self._prompt)} tokens", model.n_ctx, "messages")
         super().__init__(model, sampling, min(request.token_limit or room, room), request.thought_budget)
         self._question = request.question
         self._stops = request.stops
@@ -96,8 +95,7 @@ class Reply(Session):
                 if piece.text:
                     parts[piece.part].append(piece.text)
                     yield piece
-        thought = None if turn.thought is None else "".join(parts["thought"])
-        yield Finished(thought, "".join(parts["answer"]), turn)
+        yield Finished("".join(parts["thought"]) or None, "".join(parts["answer"]), turn)
 
     def _events(self) -> Generator[Event, None, None]:
         answer = AnswerInProgress(self._question, self.sampling.seed, self.model.chat_format.opens_thought)

@@ -158,7 +158,7 @@ def explain(error: ValidationError, known: Sequence[str]) -> Refusal:
     """The first thing that is wrong with a request; ``known`` are the names a setting may have."""
     first = error.errors(include_url=False)[0]
     # A union's own branches ("str", "list[TextPart]") are no part of the request.
-    place = ".".join(str(step) for step in first["loc"] if str(step).isidentifier() or isinstance(step, int))
+    place = ".".join(str(step) for step in first["loc"] if step != "str" and "[" not in str(step))
     if first["type"] == "extra_forbidden":
         close = difflib.get_close_matches(place, known, 1)
         hint = f"did you mean {close[0]}?" if close else "leave it out."
@@ -166,6 +166,16 @@ def explain(error: ValidationError, known: Sequence[str]) -> Refusal:
     if first["type"] == "missing":
         return Refusal(f"{place} is missing from the request.", place)
     return Refusal(f"{place}: {first['msg'][0].lower()}{first['msg'][1:]} (found {first['input']!r:.60}).", place)
+
+
+def too_long(what: str, n_ctx: int, parameter: str) -> Refusal:
+    """``what`` is longer than the context has room for."""
+    return Refusal(
+        f"The {what}, and the context has room for {n_ctx} tokens, the answer's among them: shorten it, or start the "
+        "server with a larger --ctx.",
+        parameter,
+        "context_length_exceeded",
+    )
 
 
 def _check_messages(messages: Any) -> None:
