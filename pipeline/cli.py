@@ -400,6 +400,36 @@ def chat(
 
 
 @cli.command()
+@click.argument("models", nargs=-1, required=True, metavar="GGUF [GGUF]", type=EXISTING_GGUF)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need a password.")
+@click.option("--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="0: any free one.")
+@click.option("--password", "asks_password", is_flag=True, help="Ask for a password to set (or MEDCOT_PASSWORD).")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=1024, show_default=True)
+@click.option("--thought-budget", type=click.IntRange(min=0), help="Tokens of thought before the answer.")
+@click.option("--ctx", "n_ctx", type=click.IntRange(min=64), default=4096, show_default=True, help="Context (tokens).")
+@click.option("--temperature", type=click.FloatRange(0.1, 1), help="[default: by model]")
+@click.option("--top-p", type=click.FloatRange(min=0, max=1), help="[default: by model]")
+@click.option("--seed", type=int, help="[default: another for each conversation]")
+@click.option("--threads", type=click.IntRange(min=1), help="[default: all cores]")
+@click.option("--country", metavar="CODE", help="Whose emergency numbers to name, such as DE [default: locale's].")
+@click.option("--emergency-number", metavar="NUMBER", help="Emergency number in warnings [default: by country].")
+@click.option("--red-flags", type=click.Path(path_type=Path), help="Your own red-flag rules (YAML).")
+@json_option
+def serve(models: tuple[Path, ...], asks_password: bool, **settings: Any) -> None:
+    """Chat with a GGUF, or with two side by side, on a web page of this machine.
+
+    Example: medcot serve base-Q4_K_M.gguf tuned-Q4_K_M.gguf
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as for chat
+    from chat.web_server import serve as serve_page
+
+    password = os.environ.get("MEDCOT_PASSWORD")
+    if asks_password:
+        password = click.prompt("Password", hide_input=True, confirmation_prompt=True)
+    serve_page(models, password=password, **settings)
+
+
+@cli.command()
 @json_option
 def doctor(as_json: bool) -> None:
     """Show what this machine has and what is missing, with the command that fixes it.
