@@ -1,7 +1,7 @@
 """An OpenAI-compatible endpoint for one GGUF: llama-cpp-python's own server with medcot's prompts and thoughts.
 
     medcot serve --api FILE.gguf
-    OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none").chat.completions.create(...)
+    OpenAI(base_url="http://127.0.0.1:7860/v1", api_key="none").chat.completions.create(...)
 
 The library's app loads the model, checks the API key and lets one request at a time have the model; the others wait.
 Its routes are replaced: its /v1/chat/completions tokenizes the rendered template, so that a user's text can become a
@@ -11,8 +11,7 @@ control token, and knows nothing of thoughts. /v1/completions is the library's o
 from __future__ import annotations
 
 import json
-import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, closing
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 import anyio
 import anyio.to_thread
-import uvicorn
+import click
 from anyio.streams.memory import MemoryObjectSendStream
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -41,76 +40,93 @@ from chat.disclaimer import DISCLAIMER
 from chat.proof import prove
 from chat.safety import RedFlagWatch
 from chat.turn import Piece
+from chat.web_conversation import WebSettings
+from chat.web_server import listen, run_server, url_of
 from export.gguf_model import GgufModel
 from pipeline.errors import MedcotError
 from pipeline.hardware import usable_cores
 
-LOOPBACK_NAMES = ["localhost", "127.0.0.1", "::1", "[::1]"]
+LOCAL_NAMES = ["localhost", "127.0.0.1", "::1", "[::1]"]
 LARGEST_BODY = 8 * 2**20  # bytes; far more text than any context takes
-_GRACE = 2  # seconds that answers under way have when the server is stopped
 _CLIENT_GONE = 499  # nginx's status for a client that closed its request; nobody reads it
 
 
 def build_app(
     path: Path,
-    watch: RedFlagWatch,
+    settings: WebSettings,
     *,
     n_ctx: int = 4096,
     threads: int | None = None,
     api_key: str | None = None,
-    hosts: list[str] | None = None,
+    only_local: bool = False,
 ) -> FastAPI:
     """The app with the model loaded; of one process, one (the library keeps its model in a global).
 
-    ``hosts`` are the names that requests may call the server by; None allows any. Raises MedcotError for a file that
-    cannot be served.
+    ``settings`` hold for requests that leave them open. ``only_local`` refuses requests that call the server by
+    another name than this machine's own. Raises MedcotError for a file that cannot be served.
     """
     app = create_app(server_settings=_server_settings(api_key), model_settings=[_model_settings(path, n_ctx, threads)])
     # The library's routes, and documentation that loads its scripts from the network.
     app.router.routes.clear()
     # It allows any web page that a user has open to read the answers.
     app.user_middleware = [each for each in app.user_middleware if each.cls is not CORSMiddleware]
-    if hosts is not None:  # a page whose name is made to point here would be a client like any other
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
-    app.include_router(_Endpoint(path, watch).router())
+    if only_local:  # a site elsewhere whose name is made to point here would be a client like any other
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_NAMES)
+    app.include_router(_Endpoint(path, settings).router())
     for kind in (MedcotError, HTTPException, Exception):
         app.add_exception_handler(kind, _error_document)
     return app
 
 
 def serve_api(
-    path: Path,
-    watch: RedFlagWatch,
+    paths: Sequence[Path],
     *,
-    host: str,
-    port: int,
-    n_ctx: int,
-    threads: int | None,
-    api_key: str | None,
-    announce: Callable[[str], None],
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    api_key: str | None = None,
+    n_ctx: int = 4096,
+    max_new_tokens: int = 1024,
+    thought_budget: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    threads: int | None = None,
+    emergency_number: str | None = None,
+    country: str | None = None,
+    red_flags: Path | None = None,
+    as_json: bool = False,
 ) -> None:
-    """Serve until interrupted. Raises MedcotError where the address cannot be had or would be open to anyone."""
-    is_loopback = host in LOOPBACK_NAMES
-    if not is_loopback and not api_key:
-        raise MedcotError(
-            f"Whoever reaches {host} could use the model: set MEDCOT_API_KEY to a key of yours, or leave out --host."
-        )
-    with listen(host, port) as listener:
-        app = build_app(
-            path, watch, n_ctx=n_ctx, threads=threads, api_key=api_key, hosts=LOOPBACK_NAMES if is_loopback else None
-        )
-        announce(DISCLAIMER)
-        announce(f"{path.stem} answers at http://{address(listener)}/v1 (Ctrl-C ends).")
-        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACE)
-        uvicorn.Server(config).run(sockets=[listener])
+    """Serve until interrupted. ``port`` 0 takes a free one.
+
+    Raises MedcotError for a port that is taken, for a host other than this machine's own without a key, for red flag
+    rules and for models that cannot be used.
+    """
+    if len(paths) != 1:
+        raise MedcotError(f"The API serves one model, not {len(paths)}: name one GGUF.")
+    (path,) = paths
+    listener, is_loopback = listen(host, port)
+    with listener:
+        if not is_loopback and not api_key:
+            raise MedcotError(
+                f"{host} can be reached by others, so it needs a key: set MEDCOT_API_KEY to one of yours."
+            )
+        watch = RedFlagWatch.load(red_flags, emergency_number, country)
+        settings = WebSettings(watch, max_new_tokens, thought_budget, temperature, top_p, seed)
+        app = build_app(path, settings, n_ctx=n_ctx, threads=threads, api_key=api_key or None, only_local=is_loopback)
+        url = f"{url_of(listener)}/v1"
+        if as_json:
+            click.echo(json.dumps({"url": url, "models": [path.stem]}))
+        else:
+            click.echo(f"{DISCLAIMER}\n{path.stem} answers at {url}; Ctrl-C ends.", err=True)
+        run_server(app, listener)
 
 
 class _Endpoint:
     """The routes, and the one model behind them."""
 
-    def __init__(self, path: Path, watch: RedFlagWatch) -> None:
+    def __init__(self, path: Path, settings: WebSettings) -> None:
         self._name = path.stem
-        self._watch = watch
+        self._settings = settings
         self._model = GgufModel(path, llama=anyio.run(_loaded))
         self._created = int(path.stat().st_mtime)
 
@@ -124,8 +140,8 @@ class _Endpoint:
     async def chat_completion(self, request: Request) -> Response:
         asked = parse_chat_request(await _json_body(request))
         # Tokenizing needs no turn, so a request that cannot be answered is refused without waiting for one.
-        reply = await anyio.to_thread.run_sync(Reply, self._model, asked)
-        documents = Documents(self._name, asked, self._watch)
+        reply = await anyio.to_thread.run_sync(Reply, self._model, asked, self._settings)
+        documents = Documents(self._name, asked, self._settings.watch)
         if asked.stream:
             sender, receiver = anyio.create_memory_object_stream[dict[str, str]](1)
             return EventSourceResponse(
@@ -261,16 +277,3 @@ def _error(
     message: str, kind: str = "invalid_request_error", param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host.strip("[]"), port), family=family)
-    except OSError as error:  # socket.gaierror among them
-        raise MedcotError(f"{host}:{port} cannot be listened at ({error.strerror}): choose another --port.") from error
-
-
-def address(listener: socket.socket) -> str:
-    host, port, *_ = listener.getsockname()
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -19,6 +19,7 @@ from chat.safety import RedFlagWatch
 from chat.session import LONGEST_TOKEN, ChatModel, Sampling, Session
 from chat.stop_texts import StopTexts
 from chat.turn import Done, Event, Piece, Reading, Turn
+from chat.web_conversation import WebSettings
 from pipeline.thought import Part
 
 _DELTA: dict[Part, str] = {"thought": "reasoning_content", "answer": "content"}
@@ -56,12 +57,11 @@ class Finished:
 class Reply(Session):
     """The answer to a conversation that a client brings along whole, so nothing is remembered and nothing forgotten.
 
+    ``settings`` hold for what the request leaves open.
     Raises Refusal where it does not fit the context, and MedcotError where the template refuses it.
     """
 
-    def __init__(self, model: ChatModel, request: ChatRequest) -> None:
-        seed = None if request.seed is None else request.seed % _SEEDS
-        sampling = Sampling.for_model(model, temperature=request.temperature, top_p=request.top_p, seed=seed)
+    def __init__(self, model: ChatModel, request: ChatRequest, settings: WebSettings) -> None:
         messages = request.conversation(model.chat_format.system)
         characters = sum(len(message["content"]) for message in messages)
         if characters > model.n_ctx * LONGEST_TOKEN:
@@ -70,7 +70,14 @@ class Reply(Session):
         room = model.n_ctx - len(self._prompt)
         if room <= 0:
             raise too_long(f"messages take {len(self._prompt)} tokens", model.n_ctx, "messages")
-        super().__init__(model, sampling, min(request.token_limit or room, room), request.thought_budget)
+        sampling = Sampling.for_model(
+            model,
+            temperature=settings.temperature if request.temperature is None else request.temperature,
+            top_p=settings.top_p if request.top_p is None else request.top_p,
+            seed=settings.seed if request.seed is None else request.seed % _SEEDS,
+        )
+        budget = request.thought_budget if request.sets_thought_budget else settings.thought_budget
+        super().__init__(model, sampling, request.token_limit or settings.max_new_tokens, budget)
         self._question = request.question
         self._stops = request.stops
 

@@ -104,6 +104,10 @@ class ChatRequest(BaseModel):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
+    def sets_thought_budget(self) -> bool:
+        return self.reasoning_budget_tokens is not None or self.reasoning_effort is not None
+
+    @property
     def thought_budget(self) -> int | None:
         """Tokens; None where the model may think as long as it will."""
         if self.reasoning_budget_tokens is not None:

@@ -414,13 +414,23 @@ def chat(
 @click.option("--country", metavar="CODE", help="Whose emergency numbers to name, such as DE [default: locale's].")
 @click.option("--emergency-number", metavar="NUMBER", help="Emergency number in warnings [default: by country].")
 @click.option("--red-flags", type=click.Path(path_type=Path), help="Your own red-flag rules (YAML).")
+@click.option("--api", "as_api", is_flag=True, help="No page: an OpenAI-compatible endpoint (key: MEDCOT_API_KEY).")
 @json_option
-def serve(models: tuple[Path, ...], asks_password: bool, **settings: Any) -> None:
+def serve(models: tuple[Path, ...], asks_password: bool, as_api: bool, **settings: Any) -> None:
     """Chat with a GGUF, or with two side by side, on a web page of this machine.
 
+    \b
     Example: medcot serve base-Q4_K_M.gguf tuned-Q4_K_M.gguf
+             medcot serve --api tuned-Q4_K_M.gguf
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as for chat
+    if as_api:
+        from chat.api import serve_api
+
+        if asks_password:
+            raise click.UsageError("--password is for the page; the API has a key: set MEDCOT_API_KEY.")
+        serve_api(models, api_key=os.environ.get("MEDCOT_API_KEY"), **settings)
+        return
     from chat.web_server import serve as serve_page
 
     password = os.environ.get("MEDCOT_PASSWORD")

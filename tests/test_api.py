@@ -21,6 +21,8 @@ from tiny_models import CHATML, save_model
 
 from chat import api
 from chat.safety import RedFlagWatch
+from chat.web_conversation import WebSettings
+from chat.web_server import listen, url_of
 from export.export import export_models
 from export.gguf_model import GgufModel
 from pipeline.errors import MedcotError
@@ -51,13 +53,14 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(gguf: Path) -> Iterator[Served]:
-    watch = RedFlagWatch.load(country="DE")
-    app = api.build_app(gguf, watch, n_ctx=1024, threads=1, api_key=KEY, hosts=api.LOOPBACK_NAMES)
-    with api.listen("127.0.0.1", 0) as listener, GgufModel(gguf, n_ctx=1024, n_threads=1) as model:
+    settings = WebSettings(RedFlagWatch.load(country="DE"))
+    app = api.build_app(gguf, settings, n_ctx=1024, threads=1, api_key=KEY, only_local=True)
+    listener, _ = listen("127.0.0.1", 0)
+    with listener, GgufModel(gguf, n_ctx=1024, n_threads=1) as model:
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
-        url = f"http://{api.address(listener)}"
+        url = url_of(listener)
         try:
             yield Served(url, OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0), model)
         finally:
@@ -214,26 +217,19 @@ def test_the_models_entry_says_what_it_is(served: Served) -> None:
     assert "not a doctor" in entry.medcot["disclaimer"]  # type: ignore[attr-defined]
 
 
-def serve(path: Path, host: str, port: int, api_key: str | None = None) -> None:
-    watch = RedFlagWatch.load()
-    api.serve_api(path, watch, host=host, port=port, n_ctx=256, threads=1, api_key=api_key, announce=print)
-
-
 def test_others_are_served_only_with_a_key(gguf: Path) -> None:
-    with pytest.raises(MedcotError, match="set MEDCOT_API_KEY"):
-        serve(gguf, "0.0.0.0", 0)
+    with pytest.raises(MedcotError, match="can be reached by others, so it needs a key: set MEDCOT_API_KEY"):
+        api.serve_api([gguf], host="0.0.0.0", port=0)
 
 
-def test_an_address_that_cannot_be_had_is_said(gguf: Path, served: Served) -> None:
-    with pytest.raises(MedcotError, match=r"127.0.0.1:\d+ cannot be listened at \(.*\): choose another --port"):
-        serve(gguf, "127.0.0.1", int(served.url.rpartition(":")[2]))
-    with pytest.raises(MedcotError, match="no-such-host"):
-        serve(gguf, "no-such-host.invalid", 0, KEY)
+def test_one_model_is_served(gguf: Path) -> None:
+    with pytest.raises(MedcotError, match="one model, not 2"):
+        api.serve_api([gguf, gguf])
 
 
 def test_a_file_that_is_no_model_is_said(tmp_path: Path) -> None:
     with pytest.raises(MedcotError, match="does not exist"):
-        serve(tmp_path / "missing.gguf", "127.0.0.1", 0)
+        api.serve_api([tmp_path / "missing.gguf"], port=0)
 
 
 def test_the_server_needs_no_pytorch() -> None:

@@ -11,7 +11,10 @@ from chat.api_request import ChatRequest, Refusal, parse_chat_request
 from chat.safety import RedFlagWatch
 from chat.session import Piece
 from chat.stop_texts import StopTexts
+from chat.web_conversation import WebSettings
 from pipeline.errors import MedcotError
+
+OPEN = WebSettings(RedFlagWatch.load())
 
 
 def request(question: str = "A red toe?", **settings: Any) -> ChatRequest:
@@ -19,7 +22,7 @@ def request(question: str = "A red toe?", **settings: Any) -> ChatRequest:
 
 
 def answer(model: ScriptedModel, **settings: Any) -> Finished:
-    *pieces, finished = Reply(model, request(**settings)).stream()
+    *pieces, finished = Reply(model, request(**settings), OPEN).stream()
     assert isinstance(finished, Finished)
     texts = {"thought": "", "answer": ""}
     for piece in pieces:
@@ -103,32 +106,42 @@ def test_an_endless_repetition_is_cut_and_said_to_be() -> None:
 def test_messages_that_do_not_fit_are_refused() -> None:
     for question in ("q" * 300, "q" * 300 * 257):
         with pytest.raises(Refusal, match="context has room for 300 tokens") as refused:
-            Reply(ScriptedModel([], n_ctx=300), request(question))
+            Reply(ScriptedModel([], n_ctx=300), request(question), OPEN)
         assert refused.value.code == "context_length_exceeded"
 
 
 def test_half_a_character_is_refused() -> None:
     with pytest.raises(MedcotError, match="half a character"):
-        Reply(ScriptedModel([]), request("x\ud800"))
+        Reply(ScriptedModel([]), request("x\ud800"), OPEN)
 
 
 def test_any_seed_is_one_that_llama_cpp_takes() -> None:
     for seed in (-1, 2**32 - 1, 2**63, 7):
-        assert 0 <= Reply(ScriptedModel([]), request(seed=seed)).sampling.seed < 2**32 - 1
-    assert Reply(ScriptedModel([]), request(seed=7)).sampling.seed == 7
+        assert 0 <= Reply(ScriptedModel([]), request(seed=seed), OPEN).sampling.seed < 2**32 - 1
+    assert Reply(ScriptedModel([]), request(seed=7), OPEN).sampling.seed == 7
 
 
 def test_sampling_is_the_models_own_unless_asked() -> None:
-    own = Reply(ScriptedModel([]), request()).sampling
+    own = Reply(ScriptedModel([]), request(), OPEN).sampling
     assert (own.temperature, own.top_p) == (0.6, 0.95)
-    asked = Reply(ScriptedModel([]), request(temperature=0, top_p=0.5)).sampling
+    asked = Reply(ScriptedModel([]), request(temperature=0, top_p=0.5), OPEN).sampling
     assert (asked.temperature, asked.top_p) == (0, 0.5)
+
+
+def test_the_servers_settings_hold_for_what_a_request_leaves_open() -> None:
+    settings = WebSettings(OPEN.watch, max_new_tokens=9, thought_budget=4, temperature=0.3, top_p=0.8, seed=5)
+    reply = Reply(ScriptedModel([]), request(), settings)
+    assert (reply.max_new_tokens, reply.thought_budget) == (9, 4)
+    assert (reply.sampling.temperature, reply.sampling.top_p, reply.sampling.seed) == (0.3, 0.8, 5)
+    asked = Reply(ScriptedModel([]), request(max_tokens=7, reasoning_effort="high", seed=0, temperature=0), settings)
+    assert (asked.max_new_tokens, asked.thought_budget) == (7, None)
+    assert (asked.sampling.temperature, asked.sampling.top_p, asked.sampling.seed) == (0, 0.8, 0)
 
 
 def test_red_flags_stand_beside_the_content() -> None:
     asked = request("I have crushing chest pain and my arm hurts")
     documents = Documents("tiny", asked, RedFlagWatch.load(country="DE"))
-    *_, finished = Reply(ScriptedModel(["Rest."]), asked).stream()
+    *_, finished = Reply(ScriptedModel(["Rest."]), asked, OPEN).stream()
     assert isinstance(finished, Finished)
     document = documents.completion(finished)
     (flag,) = document["medcot"]["red_flags"]
