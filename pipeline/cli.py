@@ -440,6 +440,37 @@ def serve(models: tuple[Path, ...], asks_password: bool, as_api: bool, **setting
 
 
 @cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--gguf", required=True, type=EXISTING_GGUF, help="The model of the Space.")
+@click.option("--base", type=EXISTING_GGUF, help="Show this one beside it.")
+@click.option("--model-repo", metavar="OWNER/NAME", help="Fetch the GGUFs from there: they are not in the folder.")
+@click.option("--title", help="[default: the GGUF's name]")
+@click.option("--license", "license_id", metavar="ID", help="As the hub names it [default: as the GGUF says].")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=1024, show_default=True)
+@click.option("--thought-budget", type=click.IntRange(min=0), help="Tokens of thought before the answer.")
+@click.option("--ctx", "n_ctx", type=click.IntRange(min=64), default=4096, show_default=True, help="Context (tokens).")
+@json_option
+def space(folder: Path, gguf: Path, base: Path | None, as_json: bool, **settings: Any) -> None:
+    """Write a Hugging Face Space: a folder with the page for a GGUF, for free CPU hardware.
+
+    Example: medcot space ./space --gguf tuned-Q4_K_M.gguf --base base-Q4_K_M.gguf
+    """
+    from chat.space import write_space
+
+    written = write_space(folder, gguf, base, announce=lambda text: click.echo(text, err=True), **settings)
+    for note in written.notes:
+        click.echo(f"Warning: {note}", err=True)
+    if as_json:
+        _print_json(written.model_dump(mode="json"))
+        return
+    for model in written.models:
+        place = f"fetched from {model.repo}" if model.repo else str(folder / model.file)
+        click.echo(f"{model.file}  {model.size_bytes / 1e6:.1f} MB  {place}")
+    click.echo(f"{folder}  {(written.file_bytes + written.code_bytes) / 1e6:.1f} MB in all")
+    click.echo(f"Upload it:  hf upload YOU/NAME {folder} . --repo-type space")
+
+
+@cli.command()
 @json_option
 def doctor(as_json: bool) -> None:
     """Show what this machine has and what is missing, with the command that fixes it.
