@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-
-import gguf
+from typing import TYPE_CHECKING
 
 from pipeline.chat_template import template_sha256
 from pipeline.errors import MedcotError
+
+if TYPE_CHECKING:  # the chat reads the record without the package
+    import gguf
 
 TEMPLATE_KEY = "medcot.chat_template.sha256"
 SYSTEM_KEY = "medcot.system_prompt"

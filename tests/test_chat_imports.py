@@ -9,7 +9,9 @@ from pathlib import Path
 from chat_models import small_model
 
 ROOT = Path(__file__).resolve().parent.parent
-FORBIDDEN = ("torch", "transformers", "peft", "trl", "unsloth", "datasets", "tokenizers", "numba", "llvmlite", "bench")
+FORBIDDEN = (
+    "torch", "transformers", "peft", "trl", "unsloth", "datasets", "tokenizers", "numba", "llvmlite", "gguf", "bench",
+)  # fmt: skip
 
 CHAT = """
 import json, sys
