@@ -17,13 +17,12 @@ import openai
 import pytest
 import uvicorn
 from openai import AsyncOpenAI, OpenAI
-from tiny_models import CHATML, save_model
+from tiny_models import CHATML, save_gguf
 
 from chat import api
 from chat.safety import RedFlagWatch
 from chat.web_conversation import WebSettings
 from chat.web_server import listen, url_of
-from export.export import export_models
 from export.gguf_model import GgufModel
 from pipeline.errors import MedcotError
 
@@ -43,12 +42,8 @@ class Served:
 
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("api")
-    base = save_model(folder / "base", hidden=64, layers=2)
-    template = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")
-    (base / "chat_template.jinja").write_text(template, encoding="utf-8")
-    exported = export_models(base, None, folder / "gguf", "tiny", ["F16"])
-    return folder / "gguf" / exported.files[0].name
+    opens_thought = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")
+    return save_gguf(tmp_path_factory.mktemp("api"), opens_thought)
 
 
 @pytest.fixture(scope="module")
