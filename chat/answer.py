@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
-from chat.turn import ClosedBy, Finished, Piece, Turn
+from chat.turn import ClosedBy, Finished, Piece, ThoughtEnded, Turn
 from pipeline.loops import ending_cycle
 from pipeline.thought import Part, ThoughtParser, parse_output
 
@@ -37,8 +37,8 @@ class AnswerInProgress:
 
     @property
     def thought_tokens(self) -> int:
-        """Of the thought so far, what may yet turn out to be its end included."""
-        return self._tokens["thought"] + (self._undecided if self.part == "thought" else 0)
+        """Of the thought so far, without what may turn out to be the beginning of its end."""
+        return self._tokens["thought"]
 
     def count(self, ids: Iterator[int]) -> Iterator[int]:
         """Pass generated ids on."""
@@ -51,24 +51,16 @@ class AnswerInProgress:
             self._undecided += 1
             yield token
 
-    def take(self, text: str) -> list[Piece]:
+    def take(self, text: str) -> list[Piece | ThoughtEnded]:
         """The next generated text, as the pieces that are certain by now."""
-        before = self.part
-        pieces = self._feed(text)
-        if self.part != before:
-            self._attribute("thought")  # tags belong to it
-            if before == "thought":
-                self.thought_closed_by = "model"
-        elif pieces:
-            self._attribute(before)
-        return pieces
+        return self._feed(text, "model")
 
-    def put(self, ids: Sequence[int], text: str, closed_by: ClosedBy) -> list[Piece]:
-        """Text that the model did not write: the end of a thought."""
+    def put(self, ids: Sequence[int], text: str, closed_by: ClosedBy) -> list[Piece | ThoughtEnded]:
+        """The end of a thought, or a whole empty one, that the model did not write."""
         self._attribute("thought")
         self.ids.extend(ids)
         self.thought_closed_by = closed_by
-        return self._feed(text)
+        return self._feed(text, closed_by)
 
     def rest(self) -> list[Piece]:
         """What was held back as the possible beginning of a tag."""
@@ -105,9 +97,19 @@ class AnswerInProgress:
             tokens_per_second=(self.generated - 1) / generating if generating > 0 else None,
         )
 
-    def _feed(self, text: str) -> list[Piece]:
+    def _feed(self, text: str, writer: ClosedBy) -> list[Piece | ThoughtEnded]:
         self._text.append(text)
-        return [Piece(part, piece) for part, piece in self._parser.feed(text)]
+        before = self.part
+        events: list[Piece | ThoughtEnded] = [Piece(part, piece) for part, piece in self._parser.feed(text)]
+        if self.part != before:
+            self._attribute("thought")  # its tags belong to it
+        elif events:
+            self._attribute(before)
+        if (before, self.part) == ("thought", "answer"):
+            self.thought_closed_by = writer
+            of_thought = sum(isinstance(event, Piece) and event.part == "thought" for event in events)
+            events.insert(of_thought, ThoughtEnded(self._tokens["thought"], self._seconds["thought"], writer))
+        return events
 
     def _attribute(self, part: Part) -> None:
         self._tokens[part] += self._undecided

@@ -3,18 +3,24 @@
     python -m chat.proof FILE.gguf
 
 libllama ends the whole process on some files (a vocabulary of a wrong type aborts the first ``tokenize``),
-and a build for another CPU dies on its first instruction. A child that dies becomes one sentence here. A
-proven file is remembered by path, size, time of change and llama-cpp-python version.
+and a build for another CPU dies on its first instruction. A child that dies becomes one sentence here.
+
+A proven file is remembered by a hash of its content, with the llama-cpp-python version: a copied or renamed file needs
+no new proof, a file written over does, whatever its time of change says. The hash covers the size, the first 16 MiB
+(metadata, the vocabulary and the table of tensors, which are what libllama dies of), the last MiB (that all is there)
+and 64 KiB at each of 64 places between. A hash of all would take as long as proving: 5 GB are seconds even from memory.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,6 +31,8 @@ from pipeline.errors import MedcotError
 
 # Letters, accents, another script, an emoji, digits and white space: every branch of a tokenizer.
 PROBE = "Fièvre 39,5 °C?\n\tκαρδία 心臓 🫀"
+
+_HEAD, _TAIL, _SAMPLE, _SAMPLES = 16 << 20, 1 << 20, 64 << 10, 64  # bytes, bytes, bytes, places
 
 
 class Proof(BaseModel):
@@ -41,42 +49,31 @@ class _Outcome(BaseModel):
     error: str | None = None
 
 
-class _Identity(BaseModel):
-    """What a proof holds for: this file, unchanged, under this llama-cpp-python."""
-
-    model_config = ConfigDict(frozen=True)
-    size: int
-    mtime_ns: int
-    llama_cpp_python: str
-
-
-class _Proven(BaseModel):
-    identity: _Identity
-    proof: Proof
-
-
 class _ProvenFiles(BaseModel):
-    """The cache: a file's path -> what was proven of it."""
+    """The cache: what was proven of a content, under which llama-cpp-python (``_key``)."""
 
-    files: dict[str, _Proven] = {}
+    contents: dict[str, Proof] = {}
 
 
-def prove(path: Path) -> Proof:
-    """Return the proof for ``path``, remembered or fresh; raises MedcotError when the file does not pass."""
-    remembered = known_proof(path)
+def prove(path: Path, announce: Callable[[], None] = lambda: None) -> Proof:
+    """Return the proof for ``path``, remembered or fresh; raises MedcotError when the file does not pass.
+
+    ``announce`` is called before a trial, which takes as long as loading the model.
+    """
+    key = _key(path)
+    remembered = _read_cache().contents.get(key)
     if remembered is not None:
         return remembered
-    identity = _identity(path)
+    announce()
     proof = _prove_in_child(path)
-    if identity is not None:
-        _remember(path, _Proven(identity=identity, proof=proof))
+    if key:
+        _remember(key, proof)
     return proof
 
 
 def known_proof(path: Path) -> Proof | None:
-    """The remembered proof, if the file is still the same."""
-    proven = _read_cache().files.get(str(path.resolve()))
-    return proven.proof if proven is not None and proven.identity == _identity(path) else None
+    """The remembered proof, if there is one of this content."""
+    return _read_cache().contents.get(_key(path))
 
 
 def _prove_in_child(path: Path) -> Proof:
@@ -123,17 +120,27 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _identity(path: Path) -> _Identity | None:
-    """None when there is no such file: then the child says what is wrong."""
+def _key(path: Path) -> str:
+    """What a proof holds for; empty when the file cannot be read: then the child says what is wrong."""
     try:
-        status = path.stat()
+        return f"{content_hash(path)} llama-cpp-python {importlib.metadata.version('llama_cpp_python')}"
     except OSError:
-        return None
-    return _Identity(
-        size=status.st_size,
-        mtime_ns=status.st_mtime_ns,
-        llama_cpp_python=importlib.metadata.version("llama_cpp_python"),
-    )
+        return ""
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file's size, beginning, end, and samples between; all of a file up to 17 MiB. Raises OSError."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    between = range(_HEAD, max(_HEAD, size - _TAIL), max(1, (size - _TAIL - _HEAD) // _SAMPLES))
+    with path.open("rb") as stream:
+        digest.update(stream.read(_HEAD))
+        for place in between[:_SAMPLES]:
+            stream.seek(place)
+            digest.update(stream.read(_SAMPLE))
+        stream.seek(max(_HEAD, size - _TAIL))
+        digest.update(stream.read())
+    return digest.hexdigest()
 
 
 def _cache_file() -> Path:
@@ -148,8 +155,8 @@ def _read_cache() -> _ProvenFiles:
         return _ProvenFiles()
 
 
-def _remember(path: Path, proven: _Proven) -> None:
-    known = _ProvenFiles(files={**_read_cache().files, str(path.resolve()): proven})
+def _remember(key: str, proof: Proof) -> None:
+    known = _ProvenFiles(contents={**_read_cache().contents, key: proof})
     # Without a writable cache the file is proven again next time.
     with suppress(OSError, RuntimeError):
         write_text(_cache_file(), known.model_dump_json(indent=2) + "\n")

@@ -6,24 +6,27 @@ Knows nothing of terminals or web pages; a page or a terminal shows the events t
 from __future__ import annotations
 
 import secrets
+from bisect import bisect_left
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Event as Flag
 from typing import Literal, Protocol
 
 from chat.answer import AnswerInProgress
-from chat.turn import Done, Event, Finished, Forgotten, Piece, Reading, Turn
+from chat.turn import Done, Event, Finished, Forgotten, Piece, Reading, ThoughtEnded, Turn
 from pipeline.errors import MedcotError
 from pipeline.prompts import THINK_CLOSE, THINK_OPEN, ChatFormat, Message
 
 __all__ = [
-    "ChatModel", "Done", "Event", "Finished", "Forgotten", "Piece", "Reading", "Sampling", "Session", "Turn",
+    "ChatModel", "Done", "Event", "Finished", "Forgotten", "Piece", "Reading", "Sampling", "Session", "ThoughtEnded",
+    "Turn",
 ]  # fmt: skip
 
 # DeepSeek's usage recommendations for R1 and its distillations: https://huggingface.co/deepseek-ai/DeepSeek-R1
 # Models tuned to think in the same way get the same, unless their file says otherwise.
 DEFAULT_TEMPERATURE = 0.6
 DEFAULT_TOP_P = 0.95
+SEEDS = 1 << 31  # llama.cpp's go from 0; its largest, 2^32 - 1, means a random one
 # Characters. Vocabularies hold no longer ones but for runs of spaces, so a text of so many is too long untokenized:
 # tokenizing a pasted book would take minutes.
 LONGEST_TOKEN = 256
@@ -75,7 +78,7 @@ class Sampling:
         return cls(
             temperature=_first(temperature, model.metadata.get("general.sampling.temp"), DEFAULT_TEMPERATURE),
             top_p=_first(top_p, model.metadata.get("general.sampling.top_p"), DEFAULT_TOP_P),
-            seed=secrets.randbits(31) if seed is None else seed,
+            seed=secrets.randbelow(SEEDS) if seed is None else seed,
         )
 
 
@@ -179,7 +182,7 @@ class Session:
             raise MedcotError("There is no question to ask again: ask one.")
         last = self.history.pop()
         try:
-            yield from self.ask(last.question, last.seed + 1 if seed is None else seed)
+            yield from self.ask(last.question, (last.seed + 1) % SEEDS if seed is None else seed)
         except MedcotError:
             self.history.append(last)
             raise
@@ -252,11 +255,21 @@ class Session:
         reserved = min(self.max_new_tokens, n_ctx // 2)
         if len(question) > n_ctx * LONGEST_TOKEN:
             raise MedcotError(_too_long(f"has {len(question):,} characters", reserved, n_ctx))
-        for first_kept in range(len(self.history) + 1):
-            ids = self.model.chat_format.prompt_ids(self._messages(self.history[first_kept:], question))
-            if len(ids) + reserved <= n_ctx:
-                return tuple(self.history[:first_kept]), ids
-        raise MedcotError(_too_long(f"takes {len(ids)} tokens", reserved, n_ctx))
+
+        def prompt(first_kept: int) -> list[int]:
+            return self.model.chat_format.prompt_ids(self._messages(self.history[first_kept:], question))
+
+        def fits(ids: Sequence[int]) -> bool:
+            return len(ids) + reserved <= n_ctx
+
+        whole = prompt(0)
+        if fits(whole):
+            return (), whole
+        alone = prompt(len(self.history))
+        if not fits(alone):
+            raise MedcotError(_too_long(f"takes {len(alone)} tokens", reserved, n_ctx))
+        first_kept = bisect_left(range(len(self.history)), True, key=lambda first: fits(prompt(first)))
+        return tuple(self.history[:first_kept]), prompt(first_kept)
 
     def _messages(self, turns: Sequence[Turn], question: str) -> list[Message]:
         system = self.system

@@ -78,10 +78,19 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class ThoughtEnded:
+    """The thought is closed, by whom and after what; the answer follows. None comes for a thought never closed."""
+
+    tokens: int
+    seconds: float
+    by: ClosedBy
+
+
+@dataclass(frozen=True)
 class Done:
     """The turn as it went into the history."""
 
     turn: Turn
 
 
-Event = Forgotten | Reading | Piece | Done
+Event = Forgotten | Reading | Piece | ThoughtEnded | Done

@@ -114,6 +114,12 @@ class ChatTemplate:
             for index, message in enumerate(messages)
         ]
         skeleton = self.render(marked, now=now)
+        whole = self.render(messages, now=now)
+        if all(marked[index] is message or _marker(index) in skeleton for index, message in enumerate(messages)):
+            unchanged = _pieces(skeleton, {index: message["content"] for index, message in enumerate(messages)})
+            if "".join(piece.text for piece in unchanged) == whole:
+                # What a template makes of a content is never longer than it (below), so here each is all there.
+                return unchanged
         written: dict[int, str] = {}
         for index, message in enumerate(messages):
             if marked[index] is message:
@@ -127,11 +133,8 @@ class ChatTemplate:
             written[index] = _text_between(around, self.render(alone, now=now))
             if not _is_left_of(written[index], message["content"]):
                 raise _mixed_text()
-        pieces = [
-            Piece(part, True) if place % 2 == 0 else Piece(written[int(part)], False)
-            for place, part in enumerate(_MARKER.split(skeleton))
-        ]
-        if "".join(piece.text for piece in pieces) != self.render(messages, now=now):
+        pieces = _pieces(skeleton, written)
+        if "".join(piece.text for piece in pieces) != whole:
             raise _mixed_text()
         return pieces
 
@@ -196,6 +199,14 @@ class ChatTemplate:
 
 def _marker(index: int) -> str:
     return f"\ue000{index}\ue001"
+
+
+def _pieces(skeleton: str, contents: Mapping[int, str]) -> list[Piece]:
+    """A conversation rendered with markers, cut at them, with the contents in their places."""
+    return [
+        Piece(part, True) if place % 2 == 0 else Piece(contents[int(part)], False)
+        for place, part in enumerate(_MARKER.split(skeleton))
+    ]
 
 
 def _text_between(around: Sequence[str], whole: str) -> str:

@@ -346,13 +346,16 @@ def bench(models: tuple[Path, ...], out: Path | None, repeats: int, as_json: boo
 @cli.command()
 @click.argument("gguf", type=EXISTING_GGUF)
 @click.option("--prompt", help="Answer this and end.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=1024, show_default=True)
+@click.option("--history", type=click.Path(path_type=Path), help="Keep the conversation in this file, and go on.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Of thought and answer together [default: 1024]")
 @click.option("--ctx", "n_ctx", type=click.IntRange(min=64), default=4096, show_default=True, help="Context (tokens).")
 @click.option("--temperature", type=click.FloatRange(min=0, max=2), help="[default: by model]")
 @click.option("--top-p", type=click.FloatRange(min=0, max=1), help="[default: by model]")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0, max=2**31 - 1), help="[default: 0]")
+@click.option("--think", metavar="on|off|N", help="Leave the thought out, or end it after N tokens [default: on]")
+@click.option("--system", metavar="TEXT", help="System prompt; '' for none [default: by model]")
 @click.option("--threads", type=click.IntRange(min=1), help="[default: all cores]")
-@click.option("--hide-thought", is_flag=True, help="Show the answer only.")
+@click.option("--hide-thought", is_flag=True, help="Show one line in the thought's place.")
 @click.option("--country", metavar="CODE", help="Whose emergency numbers to name, such as DE [default: locale's].")
 @click.option("--emergency-number", metavar="NUMBER", help="Emergency number in warnings [default: by country].")
 @click.option("--red-flags", type=click.Path(path_type=Path), help="Your own red-flag rules (YAML).")
@@ -360,11 +363,14 @@ def bench(models: tuple[Path, ...], out: Path | None, repeats: int, as_json: boo
 def chat(
     gguf: Path,
     prompt: str | None,
-    max_new_tokens: int,
+    history: Path | None,
+    max_new_tokens: int | None,
     n_ctx: int,
     temperature: float | None,
     top_p: float | None,
-    seed: int,
+    seed: int | None,
+    think: str | None,
+    system: str | None,
     threads: int | None,
     hide_thought: bool,
     country: str | None,
@@ -372,7 +378,7 @@ def chat(
     red_flags: Path | None,
     as_json: bool,
 ) -> None:
-    """Talk to a GGUF in the terminal; its thought and its answer are told apart.
+    """Talk to a GGUF in the terminal; its thought and its answer are told apart. /help there lists the commands.
 
     Example: medcot chat runs/smollm2-cpu/gguf/smollm2-cpu-Q4_K_M.gguf --prompt "What is sepsis?"
     """
@@ -390,9 +396,12 @@ def chat(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
+        think=think,
+        system=system,
         threads=threads,
         show_thought=not hide_thought,
         as_json=as_json,
+        history=history,
         emergency_number=emergency_number,
         country=country,
         red_flags=red_flags,

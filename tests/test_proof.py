@@ -1,6 +1,6 @@
 """A GGUF is tried in a child process: what kills libllama ends in a sentence, what works is remembered."""
 
-import json
+import os
 import struct
 import subprocess
 from pathlib import Path
@@ -38,11 +38,29 @@ def with_string(gguf: bytes, key: bytes, change: dict[bytes, bytes] | slice) -> 
 
 def test_a_good_file_is_tried_once(monkeypatch: pytest.MonkeyPatch, cache_folder: Path) -> None:
     path = small_model()
-    assert proof.known_proof(path) is None
-    assert proof.prove(path).context_length == 8192
-    assert list(json.loads((cache_folder / "medcot" / "proven.json").read_text())["files"]) == [str(path.resolve())]
+    announced: list[str] = []
+    assert proof.prove(path, lambda: announced.append("trial")).context_length == 8192
+    assert announced == ["trial"]
     forbid_children(monkeypatch)
-    assert proof.prove(path).context_length == 8192
+    assert proof.prove(path, lambda: announced.append("trial")).context_length == 8192
+    assert announced == ["trial"] and len(list(cache_folder.rglob("*.json"))) == 1
+
+
+def known(path: Path) -> bool:
+    """Whether ``path`` would pass without a trial."""
+    trials: list[Path] = []
+
+    def trial(tried: Path) -> proof.Proof:
+        trials.append(tried)
+        raise MedcotError("a trial")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(proof, "_prove_in_child", trial)
+        try:
+            proof.prove(path)
+        except MedcotError:
+            assert trials == [path]
+    return not trials
 
 
 def test_a_vocabulary_that_aborts_libllama_ends_in_one_sentence(tmp_path: Path) -> None:
@@ -54,7 +72,7 @@ def test_a_vocabulary_that_aborts_libllama_ends_in_one_sentence(tmp_path: Path) 
     path.write_bytes(with_string(gguf, b"general.name", slice(1, None)))
     with pytest.raises(MedcotError, match=r"died with SIGABRT .*aborts\.gguf .* vocabulary is wrong"):
         proof.prove(path)
-    assert proof.known_proof(path) is None
+    assert not known(path)
 
 
 def test_a_truncated_file_ends_in_one_sentence(tmp_path: Path) -> None:
@@ -62,6 +80,28 @@ def test_a_truncated_file_ends_in_one_sentence(tmp_path: Path) -> None:
     path.write_bytes(small_model().read_bytes()[:4_000_000])
     with pytest.raises(MedcotError, match=r"cut\.gguf cannot be loaded .*truncated"):
         proof.prove(path)
+
+
+def test_a_file_without_a_chat_template_ends_in_one_sentence(tmp_path: Path) -> None:
+    gguf = small_model().read_bytes()
+    path = tmp_path / "bare.gguf"
+    path.write_bytes(gguf.replace(b"tokenizer.chat_template", b"tokenizer.chat_tempXate"))
+    with pytest.raises(MedcotError, match=r"bare\.gguf holds no chat template"):
+        proof.prove(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"GGU", b"PK\x03\x04 a zip", b"GGUF", b"GGUF\x03\0\0\0" + b"\xff" * 64])
+def test_what_is_no_gguf_ends_in_one_sentence(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(content)
+    with pytest.raises(MedcotError, match=r"x\.gguf (is not a GGUF|cannot be loaded)") as told:
+        proof.prove(path)
+    assert "\n" not in str(told.value)
+
+
+def test_a_folder_ends_in_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(MedcotError, match="is a folder: name the GGUF file inside it"):
+        proof.prove(tmp_path)
 
 
 def test_a_missing_file_ends_in_one_sentence(tmp_path: Path) -> None:
@@ -78,9 +118,35 @@ def test_a_changed_file_is_tried_again(tmp_path: Path, monkeypatch: pytest.Monke
     path = tmp_path / "model.gguf"
     path.write_bytes(b"one")
     remembered(path, monkeypatch)
-    assert proof.known_proof(path) == proof.Proof(context_length=7)
-    path.write_bytes(b"other")
-    assert proof.known_proof(path) is None
+    assert known(path)
+    copied = tmp_path / "renamed.gguf"
+    copied.write_bytes(b"one")
+    assert known(copied)
+    times = path.stat()
+    path.write_bytes(b"two")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert not known(path)
+
+
+@pytest.mark.parametrize("size", [0, 1, (16 << 20) - 1, 16 << 20, (17 << 20) + 1, (23 << 20) + 7])
+def test_the_hash_sees_size_head_tail_and_samples(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "model.gguf"
+    with path.open("wb") as stream:
+        stream.truncate(size)  # a sparse file
+    hashes = {proof.content_hash(path)}
+    sampled = [16 << 20] if size > (18 << 20) else []
+    changed = sorted(
+        {place for place in [0, size // 2 if size <= 17 << 20 else 0, *sampled, size - 1] if 0 <= place < size}
+    )
+    with path.open("r+b") as stream:
+        for place in changed:
+            stream.seek(place)
+            stream.write(b"x")
+            stream.flush()
+            hashes.add(proof.content_hash(path))
+        stream.truncate(size + 1)
+    hashes.add(proof.content_hash(path))
+    assert len(hashes) == len(changed) + 2
 
 
 def test_no_cache_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +155,7 @@ def test_no_cache_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     path = tmp_path / "model.gguf"
     path.write_bytes(b"one")
     remembered(path, monkeypatch)
-    assert proof.known_proof(path) is None
+    assert not known(path)
 
 
 def test_a_damaged_cache_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_folder: Path) -> None:
@@ -98,4 +164,4 @@ def test_a_damaged_cache_is_made_anew(tmp_path: Path, monkeypatch: pytest.Monkey
     path = tmp_path / "model.gguf"
     path.write_bytes(b"one")
     remembered(path, monkeypatch)
-    assert proof.known_proof(path) == proof.Proof(context_length=7)
+    assert known(path)

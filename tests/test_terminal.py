@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import fcntl
 import io
 import json
 import os
 import pty
 import re
 import select
-import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -176,35 +179,44 @@ def test_a_context_beyond_the_models_is_capped(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(export.gguf_model, "GgufModel", model)
     for context_length in (2048, 131072, None):
-        monkeypatch.setattr(terminal, "prove", lambda _, length=context_length: Proof(context_length=length))
+        monkeypatch.setattr(terminal, "prove", lambda *_, length=context_length: Proof(context_length=length))
         with terminal.open_model(MODEL, 4096, None):
             pass
     assert opened == [2048, 4096, 4096]
 
 
-# A chat in a process of its own; its model answers "Gout." to one question and "a a a ..." to another.
+# A chat in a process of its own; its model counts without end where it is asked to, or in its thought.
 CHAT = """
 import sys, time
 from contextlib import contextmanager
-from pathlib import Path
 from chat import terminal
 from chat_models import ScriptedModel
+from pipeline.cli import main
 
 class Model(ScriptedModel):
-    def generate(self, ids, max_new_tokens, **sampling):
-        if "endless" in "".join(chr(i) for i in ids if i < 0x110000):
-            for token in map(ord, "a " * 100_000):
-                time.sleep(0.001)
-                yield token
+    def generate(self, ids, max_new_tokens, *, seed, **sampling):
+        conversation = "".join(chr(i) for i in ids if i < 0x110000)
+        _, _, rest = conversation.rpartition("user\\n")
+        question, _, said = rest.partition("assistant\\n")
+        endless = "".join(f"{number} " for number in range(1, 50_000))
+        if "</think>" in said:
+            output = "At once."
+        elif "endless" in question or "ponder" in question:
+            output = endless if "endless" in question else "<think>" + endless
         else:
-            yield from map(ord, "<think>[Uric] acid</think>Gout.")
+            output = f"<think>[Uric] acid</think>*Gout*, try {seed}."
+        for token in map(ord, output):
+            if output.endswith(endless):
+                time.sleep(0.001)
+            yield token
 
 @contextmanager
 def open_model(*_):
     yield Model([], n_ctx=1_000_000)
 
 terminal.open_model = open_model
-terminal.run_chat(Path("model.gguf"), *sys.argv[1:] or [None], max_new_tokens=200_000)
+sys.argv[1:] = ["chat", "model.gguf", "--max-new-tokens", "200000", *sys.argv[1:]]
+main()
 """
 
 
@@ -221,8 +233,8 @@ class Screen:
         self._descriptor = descriptor
         self.text = ""
 
-    def type(self, line: str) -> None:
-        os.write(self._descriptor, line.encode() + b"\n")
+    def type(self, line: str, end: str = "\n") -> None:
+        os.write(self._descriptor, (line + end).encode())
 
     def shows(self, wanted: str, seconds: float) -> bool:
         """Read until ``wanted`` has been printed; False when that takes longer."""
@@ -236,24 +248,24 @@ class Screen:
 
     def wait_for(self, wanted: str) -> str:
         """Return, and take off the screen, all up to the end of ``wanted``."""
-        assert self.shows(wanted, seconds=20), f"{wanted!r} was not printed, but {self.text!r}"
+        assert self.shows(wanted, seconds=20), f"{wanted!r} was not printed, but {self.text[-500:]!r}"
         seen, _, self.text = self.text.partition(wanted)
         return seen + wanted
 
 
-def interrupt_prompt(chat: subprocess.Popen[bytes], screen: Screen) -> None:
-    """Ctrl-C at the prompt; again where readline had drawn the prompt but did not wait for input yet."""
-    for _ in range(10):
-        chat.send_signal(signal.SIGINT)
-        if screen.shows("/quit or Ctrl-D ends.", seconds=1):
-            return
-    raise AssertionError(f"Ctrl-C at the prompt was not answered: {screen.text!r}")
+def take_terminal() -> None:
+    """In the child: make its standard input the terminal whose Ctrl-C and Ctrl-\\ reach it."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 @pytest.fixture
-def conversation() -> Iterator[tuple[subprocess.Popen[bytes], Screen]]:
+def conversation(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], Screen]]:
     ours, theirs = pty.openpty()
-    chat = start_chat(stdin=theirs, stdout=theirs, stderr=theirs)
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    chat = start_chat(
+        "--history", str(tmp_path / "kept.json"), start_new_session=True, preexec_fn=take_terminal, **streams
+    )
     os.close(theirs)
     yield chat, Screen(ours)
     chat.kill()
@@ -261,32 +273,69 @@ def conversation() -> Iterator[tuple[subprocess.Popen[bytes], Screen]]:
     os.close(ours)
 
 
-def test_a_conversation_in_a_terminal(conversation: tuple[subprocess.Popen[bytes], Screen]) -> None:
-    chat, screen = conversation
-    assert "not medical advice" in screen.wait_for("> ")
-    screen.type("A red toe?")
-    shown = screen.wait_for("tokens/s")
-    assert "\x1b[2mU\x1b[0m" in shown  # the thought is dimmed
-    shown = re.sub(r"\x1b\[[0-9;]*m", "", shown)
-    assert shown.index("Thought") < shown.index("[Uric] acid") < shown.index("Answer") < shown.index("Gout.")
+def plain(screen: str) -> str:
+    """What was printed, without colors, the keyboard's line editing and the like."""
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen).replace("\r\n", "\n")
 
-    screen.wait_for("> ")
-    screen.type("endless")
-    screen.wait_for("a a a a")
-    chat.send_signal(signal.SIGINT)
-    assert "stopped" in screen.wait_for("> ")
-    screen.type("/help")
-    screen.wait_for("/quit")
-    screen.type("/nonsense")
-    screen.wait_for("no command /nonsense")
-    screen.type("/new")
-    screen.wait_for("A new conversation.")
-    screen.wait_for("> ")
-    interrupt_prompt(chat, screen)
-    screen.wait_for("> ")
+
+def test_a_conversation_in_a_terminal(conversation: tuple[subprocess.Popen[bytes], Screen], tmp_path: Path) -> None:
+    chat, screen = conversation
+    kept = tmp_path / "kept.json"
+
+    def say(line: str, wanted: str = "\n> ") -> str:
+        screen.type(line)
+        return plain(screen.wait_for(wanted.replace("\n", "\r\n")))
+
+    assert "not medical advice" in screen.wait_for("\r\n> ")
     screen.type("A red toe?")
-    screen.wait_for("Gout.")
-    screen.wait_for("> ")
+    shown = screen.wait_for("\r\n> ")
+    assert "\x1b[2mU\x1b[0m" in shown  # the thought is dimmed
+    assert "*Gout*" in shown and "\x1b[3mGout\x1b[0m, try 0." in shown  # as it came, and then as Markdown
+    assert "Thought\n[Uric] acid\n· thought 26 tokens, 0 s\n" in plain(shown)
+    assert re.search(r"\[[\d.]+ tokens/s, \d+ tokens in .*, context \d+ of 1,000,000 \(0%\)\]\n", plain(shown))
+
+    assert "try 1." in say("/retry") and "try 2." in say("/retry")
+    assert len(json.loads(kept.read_text())["turns"]) == 1
+    assert "temperature 0.3, top_p 0.95, max_tokens 200000, seed 0" in say("/set temperature 0.3")
+    assert "try 7." in say("/set seed 7") + say("A red toe?")
+
+    screen.type("endless")
+    screen.wait_for("7 8 9 10")
+    screen.type("\x03", end="")
+    assert "stopped]" in screen.wait_for("\r\n> ")
+    screen.type("ponder")
+    screen.wait_for("\x1b[2m 8")
+    screen.type("\x1c", end="")
+    assert re.search(r"· thought \d+ tokens, 0 s, ended by you\n\n.*\rAt once\.\n\n", plain(screen.wait_for("\r\n> ")))
+
+    assert "as one line" in say("/fold")
+    folded = say("A red toe?")
+    assert "Thought\n" not in folded and "· thought 26 tokens, 0 s (/thought shows it)\n" in folded
+    assert "[Uric] acid\n" in say("/thought")
+    assert "left out" in say("/think off")
+    assert "At once." in say("A red toe?")
+    assert "no last thought" in say("/thought")
+    assert "ended after 30 tokens" in say("/think 30")
+    assert "ended by its budget" in say("ponder")
+
+    copied = base64.b64encode(b"At once.").decode()
+    screen.type("/copy")
+    assert f"\x1b]52;c;{copied}\x07" in screen.wait_for("\r\n> ")
+    assert "System prompt: Be brief." in say("/system Be brief.")
+    assert "no system prompt" in say("/system none")
+    other = tmp_path / "other.json"
+    assert f"Saved 7 turns to {other}." in say(f"/save {other}").replace("\n", "")
+    assert "A new conversation." in say("/new")
+    assert json.loads(kept.read_text())["turns"] == []
+    assert "Going on with 7 turns" in say(f"/load {other}").replace("\n", "")
+    assert json.loads(kept.read_text()) == json.loads(other.read_text())
+    assert "cannot be read" in say("/load /nowhere")
+    assert "holds no conversation" in say(f"/save {__file__}")
+    assert "no command /nonsense" in say("/nonsense x")
+    assert "Ctrl-\\" in say("/help")
+    screen.type("\x03", end="")
+    screen.wait_for("/quit or Ctrl-D ends.")
+    screen.wait_for("\r\n> ")
     screen.type("/quit")
     assert chat.wait(10) == 0
 
@@ -296,14 +345,14 @@ def test_the_end_of_input_ends_the_conversation(
 ) -> None:
     chat, screen = conversation
     screen.wait_for("> ")
-    screen.type("\x04")
+    screen.type("\x04", end="")
     assert chat.wait(10) == 0
 
 
 def test_a_reader_that_goes_away_ends_the_answer_quietly() -> None:
-    chat = start_chat("endless", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    chat = start_chat("--prompt", "endless", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert chat.stdout is not None and chat.stderr is not None
-    assert chat.stdout.read(4) == b"a a "
+    assert chat.stdout.read(4) == b"1 2 "
     chat.stdout.close()
     errors = chat.stderr.read().decode()
     assert chat.wait(10) in (0, 1)
