@@ -24,7 +24,7 @@ from typing import Any
 from pipeline.errors import MedcotError
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio is imported
-import gradio as gr  # noqa: E402
+import gradio as gr
 
 from chat import web_texts
 from chat.web_conversation import Controls, Conversation, WebModel, WebSettings
@@ -48,6 +48,17 @@ THEME = gr.themes.Base(
     neutral_hue="slate",
     font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "Liberation Sans", "sans-serif"],
     font_mono=["ui-monospace", "Menlo", "Consolas", "Liberation Mono", "monospace"],
+).set(  # contrast of 4.5 : 1 and more, which Gradio's greys and buttons do not have
+    body_text_color_subdued="*neutral_600",
+    body_text_color_subdued_dark="*neutral_300",
+    block_info_text_color="*neutral_600",
+    block_info_text_color_dark="*neutral_300",
+    block_label_text_color="*neutral_700",
+    button_primary_background_fill="*primary_700",
+    button_primary_background_fill_hover="*primary_800",
+    button_primary_background_fill_dark="*primary_700",
+    slider_color="*primary_700",
+    slider_color_dark="*primary_400",
 )
 
 
@@ -102,7 +113,9 @@ def _lay_out(models: Sequence[WebModel], settings: WebSettings, begin: Callable[
                 current = gr.HTML("", elem_id="current", js_on_load=_SCRIPT)
                 # Apart from what is seen, which changes with every token: a screen reader would begin again each time.
                 spoken = gr.HTML(
-                    "", html_template='<div class="hidden" role="log" aria-label="The answer as it comes">${value}</div>'
+                    "",
+                    elem_id="spoken",
+                    html_template='<div class="hidden" role="log" aria-label="The answer as it comes">${value}</div>',
                 )
                 with gr.Column(elem_id="ask"):
                     status = gr.HTML("", elem_id="status", html_template='<p role="status">${value}</p>')
@@ -112,14 +125,13 @@ def _lay_out(models: Sequence[WebModel], settings: WebSettings, begin: Callable[
                         lines=1,
                         max_lines=8,
                         elem_id="question",
-                        autofocus=True,
                     )
                     with gr.Row(elem_id="buttons"):
-                        send = gr.Button("Send", variant="primary", elem_id="send", min_width=80)
-                        stop = gr.Button("Stop", interactive=False, elem_id="stop", min_width=80)
-                        answer_now = gr.Button("Answer now", interactive=False, elem_id="answer-now", min_width=80)
-                        retry = gr.Button("Retry", elem_id="retry", min_width=80)
-                        clear = gr.Button("New conversation", elem_id="clear", min_width=80)
+                        send = gr.Button("Send", variant="primary", elem_id="send")
+                        stop = gr.Button("Stop", interactive=False, elem_id="stop")
+                        answer_now = gr.Button("Answer now", interactive=False, elem_id="answer-now")
+                        retry = gr.Button("Retry", elem_id="retry")
+                        clear = gr.Button("New conversation", elem_id="clear")
             with gr.Column(scale=1, min_width=280, elem_id="side"):
                 controls = _lay_out_controls(models, settings)
                 _lay_out_examples(question)
@@ -150,8 +162,8 @@ def _lay_out_controls(models: Sequence[WebModel], settings: WebSettings) -> list
                 longest,
                 value=min(settings.max_new_tokens, longest),
                 step=LENGTH_STEP,
-                label="Longest answer (tokens)",
-                info="Thought and answer together.",
+                label="Length",
+                info="Tokens of thought and answer together, at most.",
                 elem_id="length",
             ),
             gr.Slider(
@@ -159,15 +171,15 @@ def _lay_out_controls(models: Sequence[WebModel], settings: WebSettings) -> list
                 longest,
                 value=budget,
                 step=LENGTH_STEP,
-                label="Thought budget (tokens)",
-                info="Then the model has to answer. 0: no thought; at the right end: no limit.",
+                label="Thought budget",
+                info="Tokens of thought before the model has to answer. 0: no thought; right end: no limit.",
                 elem_id="thought-budget",
             ),
         ]
 
 
 def _lay_out_examples(question: gr.Textbox) -> None:
-    gr.HTML("<h2>Examples</h2>")
+    gr.HTML("<h2>Example questions</h2>")
     with gr.Column(elem_id="examples"):
         for text in web_texts.EXAMPLES:
             example = gr.Button(text, size="sm")
@@ -206,9 +218,7 @@ def _connect(
 
     def start_anew(conversation: Conversation | None) -> list[Any]:
         _forget(conversation)
-        return view.updates(
-            state=begin(), past="", current="", spoken="", status=web_texts.CLEARED, **_idle()
-        )
+        return view.updates(state=begin(), past="", current="", spoken="", status=web_texts.CLEARED, **_idle())
 
     def stop_answer(conversation: Conversation | None) -> None:
         _forget(conversation)
@@ -228,9 +238,7 @@ def _connect(
     page.load(begin, outputs=view.state, **private)
 
 
-async def _follow(
-    view: _View, conversation: Conversation, submit: Callable[[], Exchange]
-) -> AsyncIterator[list[Any]]:
+async def _follow(view: _View, conversation: Conversation, submit: Callable[[], Exchange]) -> AsyncIterator[list[Any]]:
     """Show an exchange until it is finished. Gradio closes this when the browser has gone: then it is stopped."""
     try:
         exchange = submit()
@@ -249,7 +257,7 @@ async def _follow(
             yield view.updates(
                 current=exchange_to_html(exchange, number),
                 spoken=spoken_html(exchange),
-                status=web_texts.waiting(place) if place else web_texts.ANSWERING,
+                status=web_texts.waiting(place) if place else "",
             )
             await asyncio.sleep(SECONDS_BETWEEN_UPDATES)
     finally:

@@ -63,9 +63,7 @@ class Conversation:
         """Begin anew with another seed. What is still being answered has to be stopped before."""
         self._seed = secrets.randbits(31) if self._settings.seed is None else self._settings.seed
         self.exchanges: list[Exchange] = []
-        self._sessions = [
-            Session(each.model, self._settings.sampling(each.model, self._seed)) for each in self._models
-        ]
+        self._sessions = [Session(each.model, self._settings.sampling(each.model, self._seed)) for each in self._models]
 
     @property
     def last(self) -> Exchange | None:
@@ -92,7 +90,9 @@ class Conversation:
         self._set(controls)
         before = self.exchanges.pop()
         seed = before.seed + 1
-        generations = [Generation(old.name, old.session, _again(old, before.question, seed)) for old in before.generations]
+        generations = [
+            Generation(old.name, old.session, _again(old, before.question, seed)) for old in before.generations
+        ]
         return self._submit(before.question, seed, generations)
 
     def place(self) -> int:

@@ -70,7 +70,8 @@ def spoken_html(exchange: Exchange) -> str:
 
 def _generation_to_html(generation: Generation, key: str, is_named: bool) -> str:
     name = f'<h3 class="model">{escape(generation.name)}</h3>' if is_named else ""
-    return f'<section class="answer" aria-label="{escape(generation.name)}">{name}{"".join(_parts(generation, key))}</section>'
+    parts = "".join(_parts(generation, key))
+    return f'<section class="answer" aria-label="{escape(generation.name)}">{name}{parts}</section>'
 
 
 def _parts(generation: Generation, key: str) -> Sequence[str]:

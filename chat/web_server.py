@@ -139,7 +139,7 @@ def listen(host: str, port: int) -> tuple[socket.socket, bool]:
     except OSError as error:
         listener.close()
         raise MedcotError(
-            f"Port {port} of {host} cannot be taken ({error.strerror}): choose another with --port, or 0 for a free one."
+            f"Port {port} of {host} cannot be taken ({error.strerror}): name another with --port, or 0 for a free one."
         ) from error
     return listener, ipaddress.ip_address(str(address[0])).is_loopback
 

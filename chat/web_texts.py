@@ -9,7 +9,8 @@ TITLE = "medcot"
 # The terminal's last sentence is not true of a page that others may open.
 PAGE_DISCLAIMER = FULL_DISCLAIMER.replace(
     "What you write stays on this computer.",
-    "What you write goes to the computer that serves this page and no further; closing the page forgets it.",
+    "What you write goes to the computer that serves this page and no further; "
+    "when the page is closed it is forgotten, within two hours.",
 )
 
 EXAMPLES = (
@@ -21,7 +22,6 @@ EXAMPLES = (
 )
 
 QUESTION_HINT = "Enter sends, Shift+Enter begins a new line."
-ANSWERING = "Answering."
 CLEARED = "A new conversation."
 NOTHING_ASKED = "Write a question first."
 STILL_ANSWERING = "The last question is still being answered: wait, or press Stop."
