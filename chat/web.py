@@ -228,7 +228,7 @@ def _connect(
             conversation.answer_now()
 
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-    streaming = {**private, "outputs": view.outputs(), "concurrency_limit": None}
+    streaming = {**private, "outputs": view.outputs(), "concurrency_limit": None, "trigger_mode": "multiple"}
     at_once = {**private, "inputs": view.state, "queue": False}
     gr.on(sending, ask, inputs=[view.state, view.question, *controls], **streaming)
     retry.click(ask_again, inputs=[view.state, *controls], **streaming)
@@ -241,7 +241,7 @@ def _connect(
 async def _follow(view: _View, conversation: Conversation, submit: Callable[[], Exchange]) -> AsyncIterator[list[Any]]:
     """Show an exchange until it is finished. Gradio closes this when the browser has gone: then it is stopped."""
     try:
-        exchange = submit()
+        exchange = await asyncio.to_thread(submit)  # the rules for emergencies read the whole text
     except MedcotError as error:
         yield view.updates(state=conversation, status=escape(str(error)))
         return
@@ -251,13 +251,14 @@ async def _follow(view: _View, conversation: Conversation, submit: Callable[[], 
         answer_now=gr.update(interactive=True),
     )  # fmt: skip
     number = len(conversation.exchanges)
+    place = None
     try:
         while conversation.last is exchange and not exchange.finished:
-            place = conversation.place()
+            place, before = conversation.place(), place
             yield view.updates(
                 current=exchange_to_html(exchange, number),
                 spoken=spoken_html(exchange),
-                status=web_texts.waiting(place) if place else "",
+                **({} if place == before else {"status": web_texts.waiting(place) if place else ""}),
             )
             await asyncio.sleep(SECONDS_BETWEEN_UPDATES)
     finally:

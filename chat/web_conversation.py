@@ -9,7 +9,7 @@ from functools import partial
 
 from chat import web_texts
 from chat.safety import RedFlagWatch
-from chat.session import ChatModel, Event, Sampling, Session
+from chat.session import SEEDS, ChatModel, Event, Sampling, Session
 from chat.web_queue import AnswerQueue, Exchange, Generation
 from pipeline.errors import MedcotError
 
@@ -61,7 +61,7 @@ class Conversation:
 
     def clear(self) -> None:
         """Begin anew with another seed. What is still being answered has to be stopped before."""
-        self._seed = secrets.randbits(31) if self._settings.seed is None else self._settings.seed
+        self._seed = secrets.randbelow(SEEDS) if self._settings.seed is None else self._settings.seed
         self.exchanges: list[Exchange] = []
         self._sessions = [Session(each.model, self._settings.sampling(each.model, self._seed)) for each in self._models]
 
@@ -89,7 +89,7 @@ class Conversation:
             raise MedcotError(web_texts.NOTHING_TO_RETRY)
         self._set(controls)
         before = self.exchanges.pop()
-        seed = before.seed + 1
+        seed = (before.seed + 1) % SEEDS
         generations = [
             Generation(old.name, old.session, _again(old, before.question, seed)) for old in before.generations
         ]

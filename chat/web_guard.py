@@ -6,8 +6,10 @@ reachable here. The browser in turn is told to fetch nothing from any other mach
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -33,11 +35,18 @@ _HEADERS = {
 
 
 class Guard:
-    """ASGI middleware; ``only_local`` admits requests that name this machine and come from its own pages."""
+    """ASGI middleware; ``only_local`` admits requests that name this machine and come from its own pages.
+
+    ``end`` tells Gradio that every client has gone: its event streams would keep the server from ending.
+    """
 
     def __init__(self, app: ASGIApp, *, only_local: bool) -> None:
         self._app = app
         self._only_local = only_local
+        self._ending = asyncio.Event()
+
+    def end(self) -> None:
+        self._ending.set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -50,12 +59,30 @@ class Guard:
             await _refuse(send, *refusal)
             return
 
+        has_more = False
+
         async def send_guarded(message: Message) -> None:
+            nonlocal has_more
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), *_encoded(_HEADERS.items())]
+                has_more = True
+            elif message["type"] == "http.response.body":
+                has_more = message.get("more_body", False)
             await send(message)
 
-        await self._app(scope, receive, send_guarded)
+        await self._app(scope, partial(self._receive, receive), send_guarded)
+        if has_more and self._ending.is_set():
+            await send({"type": "http.response.body", "body": b""})
+
+    async def _receive(self, receive: Receive) -> Message:
+        message = asyncio.ensure_future(receive())
+        ending = asyncio.ensure_future(self._ending.wait())
+        try:
+            await asyncio.wait((message, ending), return_when=asyncio.FIRST_COMPLETED)
+            return message.result() if message.done() else {"type": "http.disconnect"}
+        finally:
+            ending.cancel()
+            message.cancel()
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
         """Status and sentence for what may not pass."""

@@ -94,7 +94,7 @@ def _parts(generation: Generation, key: str) -> Sequence[str]:
 
 def _thought_to_html(generation: Generation, key: str) -> str:
     """Open while the model thinks, folded when it answers; the page's script keeps what the user chose instead."""
-    is_open = "" if generation.answer or generation.finished else " open"
+    is_open = " open" if generation.state == "thinking" else ""
     words = len(generation.thought.split())
     return (
         f'<details class="thought" data-key="{key}"{is_open}>'

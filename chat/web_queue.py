@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from typing import Literal
 
-from chat.session import Done, Event, Forgotten, Piece, Reading, Session, Turn
+from chat.session import Done, Event, Forgotten, Piece, Reading, Session, ThoughtEnded, Turn
 from pipeline.errors import MedcotError
 from pipeline.thought import Part
 
@@ -37,7 +37,8 @@ class Generation:
         self.problem: str | None = None
         self._begin = begin
         self._texts: dict[Part, str] = {"thought": "", "answer": ""}
-        self._began: dict[Part, float] = {}
+        self._thought_began = 0.0
+        self._thought_ended: ThoughtEnded | None = None
         self._stop, self._answer_now = threading.Event(), threading.Event()
 
     @property
@@ -54,10 +55,12 @@ class Generation:
 
     @property
     def thought_seconds(self) -> float:
+        """Of the thought so far, or of the whole one."""
         if self.turn is not None:
             return self.turn.thought_seconds
-        began = self._began.get("thought")
-        return 0.0 if began is None else self._began.get("answer", time.perf_counter()) - began
+        if self._thought_ended is not None:
+            return self._thought_ended.seconds
+        return time.perf_counter() - self._thought_began if self._thought_began else 0.0
 
     def stop(self) -> None:
         self._stop.set()
@@ -99,9 +102,13 @@ class Generation:
             case Reading():
                 self.reading = event
             case Piece(part, text):
-                self._began.setdefault(part, time.perf_counter())
+                if part == "thought" and not self._thought_began:
+                    self._thought_began = time.perf_counter()
                 self._texts[part] += text
                 self.state = "thinking" if part == "thought" else "answering"
+            case ThoughtEnded():
+                self._thought_ended = event
+                self.state = "answering"
             case Done(turn):
                 self.turn = turn
                 self.state = "done"

@@ -13,7 +13,7 @@ import socket
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,7 +24,9 @@ from pipeline.errors import MedcotError
 
 if TYPE_CHECKING:
     import gradio as gr
-    from starlette.types import ASGIApp
+    import uvicorn
+
+    from chat.web_guard import Guard
 
 SHORTEST_PASSWORD = 8  # characters
 SECONDS_TO_END = 2  # for open connections, when the server ends
@@ -83,7 +85,7 @@ def serve(
         run_server(page_app(page, password=password, only_local=is_loopback), listener)
 
 
-def page_app(page: gr.Blocks, *, password: str | None = None, only_local: bool = False) -> ASGIApp:
+def page_app(page: gr.Blocks, *, password: str | None = None, only_local: bool = False) -> Guard:
     """The page as an ASGI application that answers the page's own requests and no others.
 
     ``only_local`` also refuses requests that name another host: a web site elsewhere could make its visitor's browser
@@ -95,10 +97,13 @@ def page_app(page: gr.Blocks, *, password: str | None = None, only_local: bool =
     from chat.web import STYLE, THEME
     from chat.web_guard import Guard
 
+    # FastAPI would send measurements where the environment says so.
+    quiet: dict[str, Any] = {"telemetry": {"auto_configure": False}}
     app = gr.mount_gradio_app(
-        FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
+        FastAPI(docs_url=None, redoc_url=None, openapi_url=None, **quiet),
         page,
         path="/",
+        app_kwargs=quiet,
         auth=None if password is None else lambda _, given: _is_same(given, password),
         auth_message="Any name will do; the password is the one this server was started with.",
         footer_links=[],
@@ -114,15 +119,24 @@ def page_app(page: gr.Blocks, *, password: str | None = None, only_local: bool =
     return Guard(app, only_local=only_local)
 
 
-def run_server(app: ASGIApp, listener: socket.socket) -> None:
+def run_server(app: Guard, listener: socket.socket) -> None:
     """Answer requests until interrupted."""
+    with suppress(KeyboardInterrupt):
+        new_server(app).run(sockets=[listener])
+
+
+def new_server(app: Guard) -> uvicorn.Server:
+    """A server that ends at once, however many pages are open, when ``should_exit`` is set or it is interrupted."""
     import uvicorn
 
-    server = uvicorn.Server(
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            app.end()
+            await super().shutdown(sockets)
+
+    return Server(
         uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SECONDS_TO_END, server_header=False)
     )
-    with suppress(KeyboardInterrupt):
-        server.run(sockets=[listener])
 
 
 def listen(host: str, port: int) -> tuple[socket.socket, bool]:

@@ -7,12 +7,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import uvicorn
 from chat_models import ScriptedModel
 
 from chat.safety import RedFlagWatch
 from chat.web import WebModel, WebSettings, build_page
-from chat.web_server import listen, page_app
+from chat.web_server import listen, new_server, page_app
 
 WATCH = RedFlagWatch.load(emergency_number="112")
 
@@ -43,7 +42,7 @@ def served(
     settings = WebSettings(WATCH, seed=seed)
     with listener, build_page(models, settings) as page:
         app = page_app(page, password=password, only_local=only_local)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+        server = new_server(app)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
