@@ -11,6 +11,7 @@ control token, and knows nothing of thoughts. /v1/completions is the library's o
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, closing
 from functools import partial
@@ -65,6 +66,7 @@ def build_app(
     ``settings`` hold for requests that leave them open. ``only_local`` refuses requests that call the server by
     another name than this machine's own. Raises MedcotError for a file that cannot be served.
     """
+    os.environ.pop("CONFIG_FILE", None)  # create_app would take everything from that file instead
     app = create_app(server_settings=_server_settings(api_key), model_settings=[_model_settings(path, n_ctx, threads)])
     # The library's routes, and documentation that loads its scripts from the network.
     app.router.routes.clear()
@@ -85,18 +87,14 @@ def serve_api(
     port: int = 7860,
     api_key: str | None = None,
     n_ctx: int = 4096,
-    max_new_tokens: int = 1024,
-    thought_budget: int | None = None,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
     threads: int | None = None,
     emergency_number: str | None = None,
     country: str | None = None,
     red_flags: Path | None = None,
     as_json: bool = False,
+    **defaults: Any,
 ) -> None:
-    """Serve until interrupted. ``port`` 0 takes a free one.
+    """Serve until interrupted. ``port`` 0 takes a free one; ``defaults`` are the other fields of WebSettings.
 
     Raises MedcotError for a port that is taken, for a host other than this machine's own without a key, for red flag
     rules and for models that cannot be used.
@@ -110,8 +108,7 @@ def serve_api(
             raise MedcotError(
                 f"{host} can be reached by others, so it needs a key: set MEDCOT_API_KEY to one of yours."
             )
-        watch = RedFlagWatch.load(red_flags, emergency_number, country)
-        settings = WebSettings(watch, max_new_tokens, thought_budget, temperature, top_p, seed)
+        settings = WebSettings(RedFlagWatch.load(red_flags, emergency_number, country), **defaults)
         app = build_app(path, settings, n_ctx=n_ctx, threads=threads, api_key=api_key or None, only_local=is_loopback)
         url = f"{url_of(listener)}/v1"
         if as_json:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import errno
+import importlib.metadata
 import os
 import re
 import shutil
@@ -149,10 +150,8 @@ def _medcot_license() -> str:
     in_tree = _PACKAGES / "LICENSE"
     if in_tree.is_file():
         return in_tree.read_text(encoding="utf-8")
-    from importlib.metadata import files
-
-    packaged = [path for path in files("medcot") or () if path.name == "LICENSE"]
-    return packaged[0].read_text(encoding="utf-8") if packaged else "MIT License\n"
+    installed = importlib.metadata.distribution("medcot").read_text("licenses/LICENSE")
+    return installed or "medcot is under the MIT licence.\n"
 
 
 def _proven_license(path: Path) -> str | None:
@@ -234,8 +233,8 @@ def _check_replaceable(folder: Path) -> None:
     strange = [name for name in names if name not in expected]
     changed = [name for name in names if name in settings.files and sha256_file(folder / name) != settings.files[name]]
     if strange or changed:
-        what = f"{strange[0]} was added" if strange else f"{changed[0]} was changed"
-        raise MedcotError(f"{folder} would be replaced, and {what} to it since: move that away first.")
+        what = f"{strange[0]} in it was added" if strange else f"{changed[0]} in it was changed"
+        raise MedcotError(f"{folder} would be replaced, and {what} since it was written: move that away first.")
 
 
 def _names_in(folder: Path) -> list[str]:
@@ -249,7 +248,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
     """A new folder beside ``folder`` that takes its place at the end of the block, or leaves nothing behind."""
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Its own, so that the rename stays on one disk.
+    # Beside it, so that the rename stays on one disk.
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
         new = Path(beside) / "new"
         new.mkdir()

@@ -69,7 +69,7 @@ def run(folder: Path) -> None:
         listener, is_loopback = listen(host, int(port))
         stack.enter_context(listener)
         models = [
-            stack.enter_context(open_model(_local(folder, each), settings.n_ctx, None)) for each in settings.models
+            stack.enter_context(open_model(local_file(folder, each), settings.n_ctx, None)) for each in settings.models
         ]
         # Gradio takes seconds to import, so whatever is wrong above is told before.
         from chat.web import WebModel, WebSettings, build_page
@@ -81,7 +81,7 @@ def run(folder: Path) -> None:
         run_server(page_app(page, only_local=is_loopback), listener)
 
 
-def _local(folder: Path, model: SpaceModel) -> Path:
+def local_file(folder: Path, model: SpaceModel) -> Path:
     """The file, fetched if it is not in the folder; raises MedcotError where it is another than the one meant."""
     if model.repo is None:
         path = folder / model.file

@@ -49,7 +49,10 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def served(gguf: Path) -> Iterator[Served]:
     settings = WebSettings(RedFlagWatch.load(country="DE"))
-    app = api.build_app(gguf, settings, n_ctx=1024, threads=1, api_key=KEY, only_local=True)
+    with pytest.MonkeyPatch.context() as environment:
+        for name in ("CONFIG_FILE", "MODEL", "LORA_PATH", "CHAT_FORMAT"):  # the library reads its settings from these
+            environment.setenv(name, "no-such-file")
+        app = api.build_app(gguf, settings, n_ctx=1024, threads=1, api_key=KEY, only_local=True)
     listener, _ = listen("127.0.0.1", 0)
     with listener, GgufModel(gguf, n_ctx=1024, n_threads=1) as model:
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2))

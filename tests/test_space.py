@@ -1,20 +1,25 @@
 """A Space's folder: what is in it, what it replaces, and that it is written whole or not at all."""
 
 import errno
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import yaml
+from click.testing import CliRunner
+from hub_server import HubServer
 from tiny_models import save_gguf
 
 from chat import space, space_app
 from chat.space import page_modules, write_space
 from chat.space_app import SETTINGS_FILE, SpaceModel, read_settings
 from chat.space_requirements import pinned_packages, requirements_text
+from pipeline.cli import cli
 from pipeline.errors import MedcotError
 
 
@@ -73,7 +78,7 @@ def test_our_own_folder_is_replaced_and_its_git_kept(model: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("README.md", "README.md was changed"), ("chat/own.py", "chat/own.py was added")]
+    ("name", "message"), [("README.md", "README.md in it was changed"), ("chat/own.py", "chat/own.py in it was added")]
 )
 def test_what_someone_did_to_the_folder_is_not_lost(model: Path, tmp_path: Path, name: str, message: str) -> None:
     folder = tmp_path / "space"
@@ -160,3 +165,35 @@ def test_a_file_that_did_not_come_along_is_said(model: Path, tmp_path: Path) -> 
     file.write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(MedcotError, match="missing or not whole: fetch it with `git lfs pull`"):
         space_app.run(tmp_path / "space")
+
+
+def test_a_model_on_the_hub_is_fetched_and_recognised(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_space(tmp_path / "space", model, model_repo="ann/gout")
+    (wanted,) = read_settings(tmp_path / "space").models
+    (tmp_path / "repo").mkdir()
+    with HubServer() as hub:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        address = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
+        with pytest.raises(MedcotError, match=r"small.gguf could not be fetched from ann/gout \(.+\)"):
+            space_app.local_file(tmp_path, wanted)
+        shutil.copyfile(model, tmp_path / "repo" / "small.gguf")
+        hub.add("ann/gout", tmp_path / "repo")
+        assert space_app.local_file(tmp_path, wanted).read_bytes() == model.read_bytes()
+        other = wanted.model_copy(update={"sha256": "0" * 64})
+        with pytest.raises(MedcotError, match="not the file this Space was made for"):
+            space_app.local_file(tmp_path, other)
+
+
+def test_the_command_says_what_it_wrote(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "space"
+    done = CliRunner().invoke(cli, ["space", str(folder), "--gguf", str(model), "--license", "mit"])
+    assert done.exit_code == 0 and f"{folder}  " in done.output and "MB in all" in done.output
+    done = CliRunner().invoke(cli, ["space", str(folder), "--gguf", str(model), "--model-repo", "ann/gout", "--json"])
+    document = json.loads(done.stdout)
+    assert document["file_bytes"] == 0 and document["models"][0]["repo"] == "ann/gout"
