@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import anyio
 import anyio.to_thread
 import click
+import uvicorn
 from anyio.streams.memory import MemoryObjectSendStream
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -42,7 +43,7 @@ from chat.proof import prove
 from chat.safety import RedFlagWatch
 from chat.turn import Piece
 from chat.web_conversation import WebSettings
-from chat.web_server import listen, run_server, url_of
+from chat.web_server import SECONDS_TO_END, listen, url_of
 from export.gguf_model import GgufModel
 from pipeline.errors import MedcotError
 from pipeline.hardware import usable_cores
@@ -115,7 +116,9 @@ def serve_api(
             click.echo(json.dumps({"url": url, "models": [path.stem]}))
         else:
             click.echo(f"{DISCLAIMER}\n{path.stem} answers at {url}; Ctrl-C ends.", err=True)
-        run_server(app, listener)
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SECONDS_TO_END, server_header=False)
+        with suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[listener])
 
 
 class _Endpoint:
