@@ -6,9 +6,9 @@ libllama ends the whole process on some files (a vocabulary of a wrong type abor
 and a build for another CPU dies on its first instruction. A child that dies becomes one sentence here.
 
 A proven file is remembered by a hash of its content, with the llama-cpp-python version: a copied or renamed file needs
-no new proof, a file written over does, whatever its time of change says. The hash covers the size, the first 16 MiB
+no new proof, a file written over does, whatever its time of change says. The hash covers the size, the first 8 MiB
 (metadata, the vocabulary and the table of tensors, which are what libllama dies of), the last MiB (that all is there)
-and 64 KiB at each of 64 places between. A hash of all would take as long as proving: 5 GB are seconds even from memory.
+and 16 KiB at each of 64 places between. A hash of all would take as long as proving: 5 GB are seconds even from memory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pipeline.errors import MedcotError
 # Letters, accents, another script, an emoji, digits and white space: every branch of a tokenizer.
 PROBE = "Fièvre 39,5 °C?\n\tκαρδία 心臓 🫀"
 
-_HEAD, _TAIL, _SAMPLE, _SAMPLES = 16 << 20, 1 << 20, 64 << 10, 64  # bytes, bytes, bytes, places
+_HEAD, _TAIL, _SAMPLE, _SAMPLES = 8 << 20, 1 << 20, 16 << 10, 64  # bytes, bytes, bytes, places
 
 
 class Proof(BaseModel):
@@ -129,7 +129,7 @@ def _key(path: Path) -> str:
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 of a file's size, beginning, end, and samples between; all of a file up to 17 MiB. Raises OSError."""
+    """SHA-256 of a file's size, beginning, end, and samples between; all of a file up to 9 MiB. Raises OSError."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     between = range(_HEAD, max(_HEAD, size - _TAIL), max(1, (size - _TAIL - _HEAD) // _SAMPLES))

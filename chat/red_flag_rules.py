@@ -19,8 +19,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from chat.phrases import Phrase, PhraseFinder, parse_run
-from pipeline.config import YAML_ERRORS
 from pipeline.errors import MedcotError
+from pipeline.yaml_errors import YAML_ERRORS
 
 PACKAGED_RULES = Path(__file__).parent / "data" / "red_flags.yaml"
 DEPTH = 5  # groups -> a group -> in_context -> somewhere -> a phrase

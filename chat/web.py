@@ -27,13 +27,12 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio i
 import gradio as gr
 
 from chat import web_texts
-from chat.web_conversation import Controls, Conversation, WebModel, WebSettings
+from chat.web_conversation import Controls, Conversation, WebModel, WebSettings, check_number
 from chat.web_html import exchange_to_html, spoken_html
 from chat.web_queue import AnswerQueue, Exchange
 
 __all__ = ["STYLE", "THEME", "WebModel", "WebSettings", "build_page"]
 
-MOST_MODELS = 2
 SECONDS_BETWEEN_UPDATES = 0.12
 MOST_WAITING = 64  # events that Gradio holds; who comes then is told to come back
 LENGTH_STEP = 16  # tokens
@@ -89,8 +88,7 @@ def build_page(models: Sequence[WebModel], settings: WebSettings) -> Iterator[gr
 
     Raises MedcotError for more than two models.
     """
-    if not 1 <= len(models) <= MOST_MODELS:
-        raise MedcotError(f"A page shows one model, or two side by side, not {len(models)}: name one or two GGUFs.")
+    check_number(len(models))
     queue = AnswerQueue()
     try:
         yield _lay_out(models, settings, lambda: Conversation(models, settings, queue))
@@ -250,7 +248,7 @@ async def _follow(view: _View, conversation: Conversation, submit: Callable[[], 
         state=conversation, past=past, spoken="", question="", stop=gr.update(interactive=True),
         answer_now=gr.update(interactive=True),
     )  # fmt: skip
-    number = len(conversation.exchanges)
+    number = len(conversation.exchanges) - 1
     place = None
     try:
         while conversation.last is exchange and not exchange.finished:

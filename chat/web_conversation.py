@@ -13,6 +13,8 @@ from chat.session import SEEDS, ChatModel, Event, Sampling, Session
 from chat.web_queue import AnswerQueue, Exchange, Generation
 from pipeline.errors import MedcotError
 
+MOST_MODELS = 2
+
 
 @dataclass(frozen=True)
 class WebModel:
@@ -50,17 +52,22 @@ class Controls:
     thought_budget: int | None
 
 
+def check_number(models: int) -> None:
+    """Raises MedcotError for more models than a page has columns."""
+    if not 1 <= models <= MOST_MODELS:
+        raise MedcotError(f"A page shows one model, or two side by side, not {models}: name one or two GGUFs.")
+
+
 class Conversation:
-    """Raises MedcotError, one sentence for the page, for what cannot be asked."""
+    """``exchanges`` are all there were; asking raises MedcotError, one sentence for the page, for what cannot be asked.
+
+    The models share one ``queue``.
+    """
 
     def __init__(self, models: Sequence[WebModel], settings: WebSettings, queue: AnswerQueue) -> None:
         self._models = models
         self._settings = settings
         self._queue = queue
-        self.clear()
-
-    def clear(self) -> None:
-        """Begin anew with another seed. What is still being answered has to be stopped before."""
         self._seed = secrets.randbelow(SEEDS) if self._settings.seed is None else self._settings.seed
         self.exchanges: list[Exchange] = []
         self._sessions = [Session(each.model, self._settings.sampling(each.model, self._seed)) for each in self._models]

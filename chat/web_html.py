@@ -40,7 +40,7 @@ def exchange_to_html(exchange: Exchange, number: int) -> str:
     """One question with its warning and its answers; ``number`` tells exchanges of a conversation apart."""
     warning = "" if exchange.warning is None else _warning_to_html(exchange.warning)
     answers = "".join(
-        _generation_to_html(generation, f"{number}-{index}", len(exchange.generations) > 1)
+        _generation_to_html(generation, f"{number}-{exchange.seed}-{index}", len(exchange.generations) > 1)
         for index, generation in enumerate(exchange.generations)
     )
     return (

@@ -12,6 +12,7 @@ import json
 import socket
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ import click
 from chat.proof import known_proof
 from chat.safety import RedFlagWatch
 from chat.terminal import open_model
+from chat.web_conversation import WebModel, WebSettings, check_number
 from pipeline.errors import MedcotError
 
 if TYPE_CHECKING:
@@ -55,6 +57,9 @@ def serve(
     Raises MedcotError for a port that is taken, for a host other than this machine's own without a password, for red
     flag rules and for models that cannot be used.
     """
+    if find_spec("gradio") is None:
+        raise MedcotError("The page needs Gradio, which is not installed: pip install -r requirements-chat.txt.")
+    check_number(len(paths))
     if password is not None and len(password) < SHORTEST_PASSWORD:
         raise MedcotError(f"The password has {len(password)} characters: take {SHORTEST_PASSWORD} or more.")
     with ExitStack() as stack:
@@ -70,7 +75,7 @@ def serve(
                 click.echo(f"Checking {path.name}, because it is new here ...", err=True)
         loaded = [stack.enter_context(open_model(path, n_ctx, threads)) for path in paths]
         # Gradio takes seconds to import, so whatever is wrong above is told before.
-        from chat.web import WebModel, WebSettings, build_page
+        from chat.web import build_page
 
         settings = WebSettings(watch, max_new_tokens, thought_budget, temperature, top_p, seed)
         models = [WebModel(name, model) for name, model in zip(_names(paths), loaded, strict=True)]

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from pipeline.chat_template import template_sha256
 from pipeline.errors import MedcotError
 
-if TYPE_CHECKING:  # the chat reads the record without the package
-    import gguf
+if TYPE_CHECKING:
+    import gguf  # not among the chat's requirements
 
 TEMPLATE_KEY = "medcot.chat_template.sha256"
 SYSTEM_KEY = "medcot.system_prompt"

@@ -16,12 +16,11 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import MedcotError
+from pipeline.yaml_errors import YAML_ERRORS
 
 PRESETS_DIR = Path(__file__).resolve().parent.parent / "configs"
 DEFAULT_PRESET = "smollm2-cpu"
 MAX_DEPTH = 4  # levels of settings, with one to spare: data.columns.question has three
-# PyYAML's constructors fail each in their own way on what they cannot build: '!!int', '!!timestamp x', '{[]: 1}'.
-YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 Validated = TypeVar("Validated", bound=BaseModel)

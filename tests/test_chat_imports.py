@@ -10,8 +10,20 @@ from chat_models import small_model
 
 ROOT = Path(__file__).resolve().parent.parent
 FORBIDDEN = (
-    "torch", "transformers", "peft", "trl", "unsloth", "datasets", "tokenizers", "numba", "llvmlite", "gguf", "bench",
-)  # fmt: skip
+    *(
+        "torch",
+        "transformers",
+        "peft",
+        "trl",
+        "unsloth",
+        "datasets",
+        "tokenizers",
+        "numba",
+        "llvmlite",
+        "gguf",
+        "bench",
+    ),
+)
 
 CHAT = """
 import json, sys

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import base64
-import fcntl
 import io
 import json
 import os
-import pty
 import re
-import select
-import struct
 import subprocess
 import sys
-import termios
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +16,7 @@ from typing import Any
 
 import pytest
 from chat_models import ScriptedModel
+from terminal_screen import Screen, in_terminal, plain
 
 from chat import terminal
 from chat.disclaimer import DISCLAIMER
@@ -226,56 +221,10 @@ def start_chat(*arguments: str, **streams: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", CHAT, *arguments], env=environment, **streams)
 
 
-class Screen:
-    """The other end of a child's terminal."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self.text = ""
-
-    def type(self, line: str, end: str = "\n") -> None:
-        os.write(self._descriptor, (line + end).encode())
-
-    def shows(self, wanted: str, seconds: float) -> bool:
-        """Read until ``wanted`` has been printed; False when that takes longer."""
-        deadline = time.monotonic() + seconds
-        while wanted not in self.text:
-            ready, _, _ = select.select([self._descriptor], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
-                return False
-            self.text += os.read(self._descriptor, 65536).decode(errors="replace")
-        return True
-
-    def wait_for(self, wanted: str) -> str:
-        """Return, and take off the screen, all up to the end of ``wanted``."""
-        assert self.shows(wanted, seconds=20), f"{wanted!r} was not printed, but {self.text[-500:]!r}"
-        seen, _, self.text = self.text.partition(wanted)
-        return seen + wanted
-
-
-def take_terminal() -> None:
-    """In the child: make its standard input the terminal whose Ctrl-C and Ctrl-\\ reach it."""
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-
 @pytest.fixture
 def conversation(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], Screen]]:
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
-    chat = start_chat(
-        "--history", str(tmp_path / "kept.json"), start_new_session=True, preexec_fn=take_terminal, **streams
-    )
-    os.close(theirs)
-    yield chat, Screen(ours)
-    chat.kill()
-    chat.wait()
-    os.close(ours)
-
-
-def plain(screen: str) -> str:
-    """What was printed, without colors, the keyboard's line editing and the like."""
-    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen).replace("\r\n", "\n")
+    with in_terminal(lambda **streams: start_chat("--history", str(tmp_path / "kept.json"), **streams)) as running:
+        yield running
 
 
 def test_a_conversation_in_a_terminal(conversation: tuple[subprocess.Popen[bytes], Screen], tmp_path: Path) -> None:

@@ -232,6 +232,8 @@ def test_a_telephone_shows_everything_and_the_red_flag_above_the_answer(visit: C
         ask(page, "I have crushing chest pain. " + "z" * 300)
         until_answered(page)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        expect(page.locator("#current .figures")).to_be_in_viewport()
+        expect(box(page)).to_be_in_viewport()
         flag = page.get_by_role("alert").filter(has_text="POSSIBLE HEART ATTACK")
         assert "Call 112 now" in flag.inner_text()
         assert flag.bounding_box()["y"] < page.locator("#current .thought").bounding_box()["y"]

@@ -74,11 +74,11 @@ def shown(*generations: Generation, warning: str | None = None) -> str:
 def test_the_thought_is_open_while_the_model_thinks_and_folded_then() -> None:
     output = "<think>One two three.</think>So it is."
     thinking = shown(generation(output, 5))
-    assert '<details class="thought" data-key="3-0" open>' in thinking and "Thinking ..." in thinking
+    assert '<details class="thought" data-key="3-0-0" open>' in thinking and "Thinking ..." in thinking
     answering = shown(generation(output, len(output) - 18))
-    assert '<details class="thought" data-key="3-0">' in answering and "Answering ..." in answering
+    assert '<details class="thought" data-key="3-0-0">' in answering and "Answering ..." in answering
     done = shown(generation(output))
-    assert '<details class="thought" data-key="3-0">' in done
+    assert '<details class="thought" data-key="3-0-0">' in done
     assert re.search(r"<summary>Thought \(3 words, \d\.\d s\)</summary>", done)
 
 

@@ -13,8 +13,10 @@ from pathlib import Path
 import httpx
 import pytest
 from chat_models import ScriptedModel, small_model
+from click.testing import CliRunner
 
 from chat.web_server import listen, serve
+from pipeline.cli import cli
 from pipeline.errors import MedcotError
 
 pytest.importorskip("gradio", reason="gradio is not installed (requirements-chat.txt)")
@@ -67,11 +69,9 @@ def test_no_path_leads_out_of_gradios_own_files(path: str, url: str) -> None:
     assert re.match(rb"HTTP/1.1 (403|404) ", answer) and b"root:" not in answer
 
 
-@pytest.mark.parametrize(
-    "path", ["/gradio_api/upload", "/gradio_api/component_server", "/gradio_api/call/ask", "/api/ask"]
-)
+@pytest.mark.parametrize("path", ["upload", "component_server", "call/ask", "run/ask", "api/ask", "vibe-edit"])
 def test_nothing_can_be_uploaded_or_called(path: str, url: str) -> None:
-    assert httpx.post(url + path, json={"data": []}).status_code == 404
+    assert httpx.post(f"{url}/gradio_api/{path}", json={"data": []}).status_code == 404
     assert httpx.put(url + "/").status_code == 404
 
 
@@ -119,7 +119,7 @@ def test_a_port_that_is_taken_is_told_in_one_sentence() -> None:
 
 
 def test_a_host_that_is_none() -> None:
-    with pytest.raises(MedcotError, match="There is no host 'no.such.host.invalid'"):
+    with pytest.raises(MedcotError, match=r"There is no host 'no\.such\.host\.invalid'"):
         listen("no.such.host.invalid", 0)
 
 
@@ -129,7 +129,7 @@ def test_others_are_let_in_with_a_password_only(host: str) -> None:
         pytest.skip("this machine has no IPv6")
     with pytest.raises(MedcotError, match="can be reached by others, so it needs a password"):
         serve([Path("unread.gguf")], host=host, port=0)
-    with pytest.raises(MedcotError, match="unread.gguf does not exist"):
+    with pytest.raises(MedcotError, match=r"unread\.gguf does not exist"):
         serve([Path("unread.gguf")], host=host, port=0, password="correct horse")
 
 
@@ -138,35 +138,37 @@ def test_a_short_password_is_refused() -> None:
         serve([Path("unread.gguf")], host="0.0.0.0", port=0, password="1234567")
 
 
-def test_three_models_are_too_many() -> None:
-    from chat.safety import RedFlagWatch
-    from chat.web import WebModel, WebSettings, build_page
+def test_a_password_is_asked_for_or_taken_from_the_environment() -> None:
+    command = ["serve", "unread.gguf", "--host", "0.0.0.0", "--port", "0"]
+    typed = CliRunner().invoke(cli, [*command, "--password"], input="correct horse\ncorrect horse\n")
+    set_before = CliRunner().invoke(cli, command, env={"MEDCOT_PASSWORD": "correct horse"})
+    assert "correct horse" not in typed.output
+    for outcome in (typed, set_before):
+        assert "unread.gguf does not exist" in str(outcome.exception)
 
-    models = [WebModel("m", ScriptedModel([]))] * 3
-    with (
-        pytest.raises(MedcotError, match="two side by side, not 3"),
-        build_page(models, WebSettings(RedFlagWatch.load())),
-    ):
-        pass
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from click.testing import CliRunner; from pipeline.cli import cli;"
+        "assert 'Example: medcot serve' in CliRunner().invoke(cli, ['serve', 'x.gguf', '--help']).output;"
+        "heavy = {'gradio', 'numpy', 'pydantic', 'llama_cpp', 'chat', 'uvicorn'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_three_models_are_too_many() -> None:
+    with pytest.raises(MedcotError, match="two side by side, not 3"):
+        serve([Path("unread.gguf")] * 3, port=0)
 
 
 @pytest.mark.broad
 def test_the_command_serves_until_interrupted_without_pytorch(tmp_path: Path) -> None:
-    """Where PyTorch cannot be imported, with pages still open, and with a log that holds no word of a question."""
+    """Where PyTorch cannot be imported, and with a page still open."""
     (tmp_path / "torch.py").write_text("raise ImportError('the page must not import PyTorch')")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "XDG_CACHE_HOME": str(tmp_path)}
-    command = [
-        sys.executable,
-        "-m",
-        "pipeline.cli",
-        "serve",
-        str(small_model()),
-        "--port",
-        "0",
-        "--threads",
-        "1",
-        "--json",
-    ]
+    medcot = [sys.executable, "-m", "pipeline.cli"]
+    command = [*medcot, "serve", str(small_model()), "--port", "0", "--threads", "1", "--json"]
     child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert child.stdout is not None

@@ -5,15 +5,13 @@ element.addEventListener("click", (event) => {
   const summary = event.target.closest("summary");
   if (summary) chosen.set(summary.parentElement.dataset.key, !summary.parentElement.open);
 });
-const page = document.documentElement;
-let atEnd = true;
-window.addEventListener("scroll", () => {
-  atEnd = page.scrollHeight - window.innerHeight - window.scrollY < 160;
-}, { passive: true });
+const belowView = () => document.querySelector("#talk").getBoundingClientRect().bottom - window.innerHeight;
+let follows = true;
+window.addEventListener("scroll", () => { follows = belowView() < 160; }, { passive: true });
 watch("value", () => {
   if (!element.textContent.trim()) chosen.clear();
   for (const details of element.querySelectorAll("details[data-key]")) {
     if (chosen.has(details.dataset.key)) details.open = chosen.get(details.dataset.key);
   }
-  if (atEnd) window.scrollTo({ top: page.scrollHeight });
+  if (follows && belowView() > 0) window.scrollBy({ top: belowView(), behavior: "instant" });
 });
