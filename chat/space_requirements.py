@@ -39,8 +39,7 @@ def installed_version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError as error:
         raise MedcotError(
-            f"{name} is not installed, so its version for the Space is not known: "
-            "pip install -r requirements-chat.txt, and huggingface_hub."
+            f"{name} is not installed, so its version for the Space is not known: pip install -r requirements-chat.txt."
         ) from error
 
 

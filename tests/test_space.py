@@ -22,6 +22,8 @@ from chat.space_requirements import pinned_packages, requirements_text
 from pipeline.cli import cli
 from pipeline.errors import MedcotError
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -149,8 +151,10 @@ def test_the_code_in_the_folder_is_complete(tmp_path: Path) -> None:
     assert (child.stdout, child.returncode) == ("set()\n", 0), child.stderr
 
 
-def test_every_package_of_the_page_is_pinned() -> None:
+def test_every_package_of_the_page_is_pinned_as_for_the_laptop() -> None:
     text = requirements_text()
+    laptop = (ROOT / "requirements-chat.txt").read_text().lower().replace("_", "-").splitlines()
+    assert {f"{name}=={version}" for name, version in pinned_packages()} <= set(laptop)
     names = [name for name, _ in pinned_packages()]
     assert {"gradio", "llama-cpp-python", "huggingface-hub", "numpy", "starlette"} <= set(names)
     assert len(names) == len(set(names)) == text.count("==")
