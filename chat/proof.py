@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.artifacts import write_text
 from pipeline.errors import MedcotError
+from pipeline.processes import with_our_packages
 
 # Letters, accents, another script, an emoji, digits and white space: every branch of a tokenizer.
 PROBE = "Fièvre 39,5 °C?\n\tκαρδία 心臓 🫀"
@@ -77,11 +78,9 @@ def known_proof(path: Path) -> Proof | None:
 
 
 def _prove_in_child(path: Path) -> Proof:
-    project = str(Path(__file__).resolve().parent.parent)
-    search_path = os.pathsep.join(filter(None, [project, os.environ.get("PYTHONPATH")]))
     child = subprocess.run(
         [sys.executable, "-m", "chat.proof", str(path)],
-        env={**os.environ, "PYTHONPATH": search_path},
+        env=with_our_packages(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         encoding="utf-8",

@@ -29,7 +29,7 @@ DEFAULT_TOP_P = 0.95
 SEEDS = 1 << 31  # llama.cpp's go from 0; its largest, 2^32 - 1, means a random one
 # Characters. Vocabularies hold no longer ones but for runs of spaces, so a text of so many is too long untokenized:
 # tokenizing a pasted book would take minutes.
-_LONGEST_TOKEN = 256
+LONGEST_TOKEN = 256
 
 
 class ChatModel(Protocol):
@@ -258,7 +258,7 @@ class Session:
         n_ctx = self.model.n_ctx
         # A context smaller than two answers keeps half of itself for the question.
         reserved = min(self.max_new_tokens, n_ctx // 2)
-        if len(question) > n_ctx * _LONGEST_TOKEN:
+        if len(question) > n_ctx * LONGEST_TOKEN:
             raise MedcotError(_too_long(f"has {len(question):,} characters", reserved, n_ctx))
 
         def prompt(first_kept: int) -> list[int]:

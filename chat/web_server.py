@@ -80,7 +80,7 @@ def serve(
         settings = WebSettings(watch, max_new_tokens, thought_budget, temperature, top_p, seed)
         models = [WebModel(name, model) for name, model in zip(_names(paths), loaded, strict=True)]
         page = stack.enter_context(build_page(models, settings))
-        url = f"http://{_in_url(listener.getsockname()[0])}:{listener.getsockname()[1]}"
+        url = url_of(listener)
         if as_json:
             click.echo(json.dumps({"url": url, "models": [model.name for model in models]}))
         else:
@@ -173,5 +173,6 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
-def _in_url(address: str) -> str:
-    return f"[{address}]" if ":" in address else address
+def url_of(listener: socket.socket) -> str:
+    address, port, *_ = listener.getsockname()
+    return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"

@@ -17,11 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from export.recipe_metadata import SYSTEM_KEY, check_recorded_template
-from pipeline.config import KvType
 from pipeline.errors import MedcotError
 from pipeline.hardware import usable_cores
 from pipeline.prompts import ChatFormat
 from pipeline.vocabulary import LlamaCppVocabulary
+
+if TYPE_CHECKING:
+    from pipeline.config import KvType
 
 GGUF_MAGIC = b"GGUF"
 PROMPT_PART = 128  # tokens of a prompt between two chances to stop; 512 at once take as much time on a CPU (SmolLM2)
@@ -32,6 +34,7 @@ class GgufModel:
 
     ``system`` None takes the system prompt that the file says it was trained with, if any; "" takes none.
     ``kv_type`` is the type of cached keys and values; the quantized ones need ``flash_attention``.
+    ``llama`` is the file as someone else has loaded it already, with settings of its own.
     """
 
     def __init__(
@@ -45,13 +48,14 @@ class GgufModel:
         system: str | None = None,
         flash_attention: bool = False,
         kv_type: KvType = "f16",
+        llama: llama_cpp.Llama | None = None,
     ) -> None:
         check_is_gguf(path)
         cache_type = getattr(llama_cpp, f"GGML_TYPE_{kv_type.upper()}")
         threads = n_threads or usable_cores()  # llama-cpp-python would take half of them
         self.path = path
         try:
-            self._llama = llama_cpp.Llama(
+            self._llama = llama or llama_cpp.Llama(
                 str(path),
                 n_ctx=n_ctx,
                 n_batch=n_batch,

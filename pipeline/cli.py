@@ -543,19 +543,60 @@ def chat(
 @click.option("--country", metavar="CODE", help="Whose emergency numbers to name, such as DE [default: locale's].")
 @click.option("--emergency-number", metavar="NUMBER", help="Emergency number in warnings [default: by country].")
 @click.option("--red-flags", type=click.Path(path_type=Path), help="Your own red-flag rules (YAML).")
+@click.option("--api", "as_api", is_flag=True, help="No page: an OpenAI-compatible endpoint (key: MEDCOT_API_KEY).")
 @json_option
-def serve(models: tuple[Path, ...], asks_password: bool, **settings: Any) -> None:
+def serve(models: tuple[Path, ...], asks_password: bool, as_api: bool, **settings: Any) -> None:
     """Chat with a GGUF, or with two side by side, on a web page of this machine.
 
+    \b
     Example: medcot serve base-Q4_K_M.gguf tuned-Q4_K_M.gguf
+             medcot serve --api tuned-Q4_K_M.gguf
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as for chat
+    if as_api:
+        from chat.api import serve_api
+
+        if asks_password:
+            raise click.UsageError("--password is for the page; the API has a key: set MEDCOT_API_KEY.")
+        serve_api(models, api_key=os.environ.get("MEDCOT_API_KEY"), **settings)
+        return
     from chat.web_server import serve as serve_page
 
     password = os.environ.get("MEDCOT_PASSWORD")
     if asks_password:
         password = click.prompt("Password", hide_input=True, confirmation_prompt=True)
     serve_page(models, password=password, **settings)
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--gguf", required=True, type=EXISTING_GGUF, help="The model of the Space.")
+@click.option("--base", type=EXISTING_GGUF, help="Show this one beside it.")
+@click.option("--model-repo", metavar="OWNER/NAME", help="Fetch the GGUFs from there: they are not in the folder.")
+@click.option("--title", help="[default: the GGUF's name]")
+@click.option("--license", "license_id", metavar="ID", help="As the hub names it [default: as the GGUF says].")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=1024, show_default=True)
+@click.option("--thought-budget", type=click.IntRange(min=0), help="Tokens of thought before the answer.")
+@click.option("--ctx", "n_ctx", type=click.IntRange(min=64), default=4096, show_default=True, help="Context (tokens).")
+@json_option
+def space(folder: Path, gguf: Path, base: Path | None, as_json: bool, **settings: Any) -> None:
+    """Write a Hugging Face Space: a folder with the page for a GGUF, for free CPU hardware.
+
+    Example: medcot space ./space --gguf tuned-Q4_K_M.gguf --base base-Q4_K_M.gguf
+    """
+    from chat.space import write_space
+
+    written = write_space(folder, gguf, base, announce=lambda text: click.echo(text, err=True), **settings)
+    for note in written.notes:
+        click.echo(f"Warning: {note}", err=True)
+    if as_json:
+        _print_json(written.model_dump(mode="json"))
+        return
+    for model in written.models:
+        place = f"fetched from {model.repo}" if model.repo else str(folder / model.file)
+        click.echo(f"{model.file}  {model.size_bytes / 1e6:.1f} MB  {place}")
+    click.echo(f"{folder}  {(written.file_bytes + written.code_bytes) / 1e6:.1f} MB in all")
+    click.echo(f"Upload it:  hf upload YOU/NAME {folder} . --repo-type space")
 
 
 @cli.command()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ["run", "plan", "sweep", "export", "verify", "evaluate", "bench", "chat", "serve", "doctor"]
+COMMANDS = ["run", "plan", "sweep", "export", "verify", "evaluate", "bench", "chat", "serve", "space", "doctor"]
 
 
 def medcot(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

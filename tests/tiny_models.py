@@ -137,6 +137,15 @@ def save_model(
     return folder
 
 
+def save_gguf(folder: Path, template: str = CHATML) -> Path:
+    """A model as above in 16 bit, exported with this chat template."""
+    from export.export import export_models
+
+    base = save_model(folder / "base", layers=2)
+    (base / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return folder / "gguf" / export_models(base, None, folder / "gguf", "tiny", ["F16"]).ship
+
+
 def save_adapter(folder: Path, base: Path, *, tokens: int | None = None, seed: int = 1, **settings: object) -> Path:
     """A LoRA adapter with random changes of all that it trains, so that it changes the model visibly.
 
