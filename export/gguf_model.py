@@ -11,6 +11,7 @@ import ctypes
 from collections.abc import Generator, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import llama_cpp
 import numpy as np
