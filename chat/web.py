@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,15 +20,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import MedcotError
-
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio is imported
 import gradio as gr
 
 from chat import web_texts
 from chat.web_conversation import Controls, Conversation, WebModel, WebSettings, check_number
 from chat.web_html import exchange_to_html, spoken_html
 from chat.web_queue import AnswerQueue, Exchange
+from pipeline.errors import MedcotError
 
 __all__ = ["STYLE", "THEME", "WebModel", "WebSettings", "build_page"]
 
@@ -140,7 +137,7 @@ def _lay_out(models: Sequence[WebModel], settings: WebSettings, begin: Callable[
 
 
 def _lay_out_controls(models: Sequence[WebModel], settings: WebSettings) -> list[gr.Slider]:
-    """Temperature, length and thought budget, in the order in which ``_controls`` takes them."""
+    """Temperature, length and thought budget, in the order in which handlers take them."""
     longest = longest_answer(models)
     temperature = settings.sampling(models[0].model, 0).temperature
     budget = longest if settings.thought_budget is None else min(settings.thought_budget, longest)
@@ -243,14 +240,16 @@ async def _follow(view: _View, conversation: Conversation, submit: Callable[[], 
     except MedcotError as error:
         yield view.updates(state=conversation, status=escape(str(error)))
         return
-    past = "".join(exchange_to_html(each, index) for index, each in enumerate(conversation.exchanges[:-1]))
-    yield view.updates(
-        state=conversation, past=past, spoken="", question="", stop=gr.update(interactive=True),
-        answer_now=gr.update(interactive=True),
-    )  # fmt: skip
+    past = "".join(
+        exchange_to_html(each, index, is_last=False) for index, each in enumerate(conversation.exchanges[:-1])
+    )
     number = len(conversation.exchanges) - 1
     place = None
     try:
+        yield view.updates(
+            state=conversation, past=past, spoken="", question="", stop=gr.update(interactive=True),
+            answer_now=gr.update(interactive=True),
+        )  # fmt: skip
         while conversation.last is exchange and not exchange.finished:
             place, before = conversation.place(), place
             yield view.updates(

@@ -36,11 +36,15 @@ def markdown_to_html(text: str) -> str:
     return str(parser.renderer.render(tokens, parser.options, {}))
 
 
-def exchange_to_html(exchange: Exchange, number: int) -> str:
-    """One question with its warning and its answers; ``number`` tells exchanges of a conversation apart."""
-    warning = "" if exchange.warning is None else _warning_to_html(exchange.warning)
+def exchange_to_html(exchange: Exchange, number: int, *, is_last: bool = True) -> str:
+    """One question with its warning and its answers; ``number`` tells exchanges of a conversation apart.
+
+    Only in the last one a warning is an alert, which a screen reader says at once: it would say old ones again.
+    """
+    role = ' role="alert"' if is_last else ""
+    warning = "" if exchange.warning is None else f'<div class="red-flag"{role}>{_lines(exchange.warning)}</div>'
     answers = "".join(
-        _generation_to_html(generation, f"{number}-{exchange.seed}-{index}", len(exchange.generations) > 1)
+        _generation_to_html(generation, f"{number}-{exchange.seed}-{index}", role, len(exchange.generations) > 1)
         for index, generation in enumerate(exchange.generations)
     )
     return (
@@ -52,7 +56,7 @@ def exchange_to_html(exchange: Exchange, number: int) -> str:
 
 def spoken_html(exchange: Exchange) -> str:
     """What a screen reader is told while the answer comes: whole paragraphs, each once, because none changes later."""
-    lines = [exchange.warning] if exchange.warning else []
+    lines = []
     for generation in exchange.generations:
         if generation.state in ("waiting", "reading"):
             continue
@@ -61,20 +65,18 @@ def spoken_html(exchange: Exchange) -> str:
             lines.append(f"Thought for {generation.thought_seconds:.0f} seconds. The answer:")
         paragraphs = generation.answer.split("\n\n")
         lines += paragraphs if generation.finished else paragraphs[:-1]
-        if generation.problem is not None:
-            lines.append(generation.problem)
         if generation.turn is not None:
             lines.append(_ending(generation.turn))
     return "".join(f"<p>{escape(line)}</p>" for line in lines if line)
 
 
-def _generation_to_html(generation: Generation, key: str, is_named: bool) -> str:
+def _generation_to_html(generation: Generation, key: str, role: str, is_named: bool) -> str:
     name = f'<h3 class="model">{escape(generation.name)}</h3>' if is_named else ""
-    parts = "".join(_parts(generation, key))
+    parts = "".join(_parts(generation, key, role))
     return f'<section class="answer" aria-label="{escape(generation.name)}">{name}{parts}</section>'
 
 
-def _parts(generation: Generation, key: str) -> Sequence[str]:
+def _parts(generation: Generation, key: str, role: str) -> Sequence[str]:
     parts = []
     if generation.forgotten:
         questions = ", ".join(f"“{_shorten(turn.question)}”" for turn in generation.forgotten)
@@ -84,7 +86,7 @@ def _parts(generation: Generation, key: str) -> Sequence[str]:
     if generation.answer:
         parts.append(f'<div class="said">{markdown_to_html(generation.answer)}</div>')
     if generation.problem is not None:
-        parts.append(f'<p class="problem" role="alert">{escape(generation.problem)}</p>')
+        parts.append(f'<p class="problem"{role}>{escape(generation.problem)}</p>')
     elif generation.turn is not None:
         parts.append(_figures_to_html(generation.turn))
     else:
@@ -101,10 +103,6 @@ def _thought_to_html(generation: Generation, key: str) -> str:
         f"<summary>Thought ({words} {'word' if words == 1 else 'words'}, {generation.thought_seconds:.1f} s)</summary>"
         f"<div>{markdown_to_html(generation.thought)}</div></details>"
     )
-
-
-def _warning_to_html(warning: str) -> str:
-    return f'<div class="red-flag" role="alert">{_lines(warning)}</div>'
 
 
 def _figures_to_html(turn: Turn) -> str:

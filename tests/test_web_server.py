@@ -24,7 +24,22 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+def addresses() -> list[object]:
+    """Every address that this process asks for or connects to from now on."""
+    seen: list[object] = []
+
+    def note(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "socket.connect":
+            seen.append(arguments[1])
+        elif event == "socket.getaddrinfo":
+            seen.append(arguments[0])
+
+    sys.addaudithook(note)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def url(addresses: list[object]) -> Iterator[str]:
     from web_pages import WebModel, served
 
     with served([WebModel("m", ScriptedModel([]))]) as address:
@@ -37,6 +52,12 @@ def guarded_url() -> Iterator[str]:
 
     with served([WebModel("m", ScriptedModel([]))], password="correct horse", only_local=False) as address:
         yield address
+
+
+def test_the_server_itself_asks_nothing_of_other_machines(url: str, addresses: list[object]) -> None:
+    assert httpx.get(url).status_code == 200
+    hosts = {address[0] if isinstance(address, tuple) else address for address in addresses}
+    assert "127.0.0.1" in hosts and hosts <= {"127.0.0.1", b"127.0.0.1", "::1", None}
 
 
 def test_the_page_is_there_and_asks_browsers_to_fetch_nothing_from_elsewhere(url: str) -> None:
