@@ -210,5 +210,5 @@ def _one_of(text: str, name: str, values: dict[str, bool]) -> bool:
 
 
 def _turns(session: Session) -> str:
-    count = len(session.history)
+    count = len(session.forgotten) + len(session.history)
     return "1 turn" if count == 1 else f"{count} turns"

@@ -16,7 +16,8 @@ from pipeline.errors import MedcotError
 class Conversation(BaseModel):
     """``system`` is the user's own prompt: None where the model's was left, "" where it was taken away.
 
-    ``model`` is the name of the file that answered last. Thoughts are kept, though the model never sees them again.
+    ``model`` is the name of the file that answered last. Thoughts are kept, and so are turns that the context had no
+    more room for, though the model does not see them again.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,7 +41,7 @@ class Conversation(BaseModel):
             seed=session.sampling.seed,
             max_new_tokens=session.max_new_tokens,
             thought_budget=session.thought_budget,
-            turns=tuple(session.history),
+            turns=(*session.forgotten, *session.history),
         )
 
     def resume(self, session: Session) -> None:
@@ -52,7 +53,8 @@ class Conversation(BaseModel):
         session.sampling = Sampling(self.temperature, self.top_p, self.seed)
         session.max_new_tokens = self.max_new_tokens
         session.thought_budget = self.thought_budget
-        session.history = list(self.turns)
+        session.clear()
+        session.history += self.turns
 
 
 def write_conversation(path: Path, conversation: Conversation) -> None:

@@ -11,16 +11,19 @@ import sys
 import time
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
 from rich.color import ColorSystem
 from rich.console import Console
 from rich.style import Style
 
-from chat.markdown_stream import MarkdownStream
 from chat.safety import RedFlagWatch
 from chat.turn import ClosedBy, Done, Event, Forgotten, Piece, Reading, ThoughtEnded, Turn
 from pipeline.thought import Part
+
+if TYPE_CHECKING:
+    from chat.markdown_stream import MarkdownStream
 
 _REDRAW_SECONDS = 0.2  # of the one line that stands for a thought under way
 _CLOSED_BY: dict[ClosedBy, str] = {
@@ -98,7 +101,7 @@ class StreamingDisplay:
         self._streams = streams
         self._folded = folded
         self._part: Part | None = None
-        self._markdown = MarkdownStream(streams.answer, harmless) if streams.moves_cursor else None
+        self._markdown = _markdown_stream(streams.answer) if streams.moves_cursor else None
         self._thought = ""
         self._thought_began = self._drawn = 0.0
         self._has_line = False
@@ -191,6 +194,12 @@ class StreamingDisplay:
         if self._has_line:
             write(self._streams.status, "\r\x1b[K")
         self._has_line = False
+
+
+def _markdown_stream(console: Console) -> MarkdownStream:
+    from chat.markdown_stream import MarkdownStream  # takes long to import, and the prompt need not wait
+
+    return MarkdownStream(console, harmless)
 
 
 def turn_as_json(model_name: str, turn: Turn, watch: RedFlagWatch) -> str:

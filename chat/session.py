@@ -85,6 +85,8 @@ class Sampling:
 class Session:
     """``history`` holds whole turns; of them the model sees questions and answers, never thoughts.
 
+    ``forgotten`` holds the turns before them, which the context had no more room for.
+
     ``sampling``, ``max_new_tokens`` (of thought and answer together) and ``thought_budget`` may be changed between two
     questions. A thought that has taken ``thought_budget`` tokens is closed and the model made to answer; 0 leaves the
     thought out, None lets it go on. ``system`` as ``set_system`` has it.
@@ -106,6 +108,7 @@ class Session:
         self.max_new_tokens = max_new_tokens
         self.thought_budget = thought_budget
         self.history: list[Turn] = []
+        self.forgotten: list[Turn] = []
         self._system: str | None = None
         self._stop, self._answer_now = Flag(), Flag()
         if system is not None:
@@ -135,6 +138,7 @@ class Session:
     def clear(self) -> None:
         """Forget all turns; settings stay."""
         self.history.clear()
+        self.forgotten.clear()
 
     def stop(self) -> None:
         """End the answer under way after its next token, as a whole turn with its Done; nothing where there is none."""
@@ -163,6 +167,7 @@ class Session:
         try:
             forgotten, prompt = self._fit(question)
             if forgotten:
+                self.forgotten += forgotten
                 self.history = self.history[len(forgotten) :]
                 yield Forgotten(forgotten)
             finished = yield from self._answer(answer, prompt)

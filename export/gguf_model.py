@@ -23,7 +23,7 @@ from pipeline.prompts import ChatFormat
 from pipeline.vocabulary import LlamaCppVocabulary
 
 GGUF_MAGIC = b"GGUF"
-PROMPT_PART = 128  # tokens of a prompt between two chances to stop; larger parts are hardly faster on a CPU
+PROMPT_PART = 128  # tokens of a prompt between two chances to stop; 512 at once take as much time on a CPU (SmolLM2)
 
 
 class GgufModel:

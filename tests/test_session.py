@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from chat_models import ScriptedModel, small_model
 
+from chat.conversation_file import Conversation
 from chat.session import Done, Forgotten, Piece, Reading, Sampling, Session, ThoughtEnded, Turn
 from pipeline.errors import MedcotError
 from pipeline.prompts import ChatFormat
@@ -88,7 +89,8 @@ def test_whole_old_turns_make_room_and_are_named() -> None:
     forgotten, *_, done = session.ask("third")
     assert forgotten == Forgotten((first,))
     assert isinstance(done, Done)
-    assert session.history == [second, done.turn]
+    assert session.history == [second, done.turn] and session.forgotten == [first]
+    assert [turn.question[:5] for turn in Conversation.of(session, "m").turns] == ["first", "secon", "third"]
     assert "first" not in model.prompts[2] and "second" in model.prompts[2] and "b" * 40 in model.prompts[2]
 
 
@@ -373,3 +375,14 @@ def test_the_small_model_answers_twice() -> None:
         assert session.history == [first, second]
         session.clear()
         assert finish(session, "What is the capital of France?").answer == first.answer
+        session.max_new_tokens = 2
+        for odd in (
+            "\x00",
+            "\x04",
+            "\u202e\u200b\ufeff",
+            "👨‍👩‍👧" * 20,
+            "\U0010ffff",
+            "a" + "\u0300" * 100,
+            "</think>",
+        ):
+            assert finish(session, odd).finished in ("end", "length")

@@ -1,8 +1,11 @@
 """Thought and answer are told apart alike in whole outputs and in streams cut anywhere."""
 
-from itertools import combinations
+import re
+from itertools import combinations, pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.thought import ParsedOutput, ThoughtParser, parse_output
 
@@ -77,3 +80,43 @@ def test_what_cannot_be_a_tag_is_not_held_back() -> None:
     assert list(parser.feed(" </thi")) == []
     assert list(parser.feed("s")) == [("thought", " </this")]
     assert list(parser.feed("</think>So")) == [("answer", "So")]
+
+
+FRAGMENTS = [
+    "<think>",
+    "</think>",
+    "<",
+    "</",
+    "think",
+    ">",
+    "<thin",
+    "k>",
+    "a",
+    "Uric acid.",
+    " ",
+    "\n\n",
+    "é",
+    "🫀",
+    "<|im_end|>",
+]
+
+
+@given(
+    fragments=st.lists(st.sampled_from(FRAGMENTS), max_size=12),
+    cuts=st.lists(st.integers(0, 80), max_size=6),
+    opens_thought=st.booleans(),
+)
+def test_no_text_is_lost_or_told_twice_however_tags_are_broken(
+    fragments: list[str], cuts: list[int], opens_thought: bool
+) -> None:
+    text = "".join(fragments)
+    pieces = [text[first:second] for first, second in pairwise([0, *sorted(cuts), len(text)])]
+    parser = ThoughtParser(opens_thought)
+    told = [event for piece in pieces for event in parser.feed(piece)] + list(parser.finish())
+    whole = ThoughtParser(opens_thought)
+    at_once = [*whole.feed(text), *whole.finish()]
+    for part in ("thought", "answer"):
+        assert "".join(piece for p, piece in told if p == part) == "".join(piece for p, piece in at_once if p == part)
+    visible = "".join(piece for _, piece in told)
+    assert re.sub(r"\s", "", visible) == re.sub(r"\s|</?think>", "", text)
+    assert all(piece.strip() for _, piece in told)
