@@ -41,6 +41,7 @@ from chat.api_request import Refusal, explain, parse_chat_request, parse_json_ob
 from chat.disclaimer import DISCLAIMER
 from chat.proof import prove
 from chat.safety import RedFlagWatch
+from chat.session import LONGEST_TOKEN
 from chat.turn import Piece
 from chat.web_conversation import WebSettings
 from chat.web_server import SECONDS_TO_END, listen, url_of
@@ -163,9 +164,7 @@ class _Endpoint:
             raise explain(error, tuple(CreateCompletionRequest.model_fields)) from error
         if not isinstance(asked.prompt, str) or (asked.n or 1) > 1 or (asked.best_of or 1) > 1:
             raise Refusal("prompt takes one text, and n and best_of 1: this server answers one at a time.", "prompt")
-        length = len(self._model.tokenize_like_llama_cpp(asked.prompt)) + 1  # the library adds a BOS
-        if length >= self._model.n_ctx:
-            raise too_long(f"prompt takes {length} tokens", self._model.n_ctx, "prompt")
+        await anyio.to_thread.run_sync(self._check_prompt, asked.prompt)
         return await create_completion(request, asked)
 
     async def models(self) -> dict[str, Any]:
@@ -177,6 +176,18 @@ class _Endpoint:
             "medcot": {"context_length": self._model.n_ctx, "disclaimer": DISCLAIMER},
         }
         return {"object": "list", "data": [model]}
+
+    def _check_prompt(self, prompt: str) -> None:
+        """Raises Refusal for what the library would fail at."""
+        n_ctx = self._model.n_ctx
+        if len(prompt) > n_ctx * LONGEST_TOKEN:
+            raise too_long(f"prompt has {len(prompt):,} characters", n_ctx, "prompt")
+        try:
+            length = len(self._model.tokenize_like_llama_cpp(prompt)) + 1  # the library adds a BOS
+        except UnicodeEncodeError as error:
+            raise Refusal("The prompt holds half a character (a lone surrogate): remove it.", "prompt") from error
+        if length >= n_ctx:
+            raise too_long(f"prompt takes {length} tokens", n_ctx, "prompt")
 
 
 def _model_settings(path: Path, n_ctx: int, threads: int | None) -> ModelSettings:

@@ -204,7 +204,13 @@ def test_plain_completions_are_the_librarys(served: Served) -> None:
         model="any", prompt="The patient", max_tokens=4, temperature=0, stream=True
     )
     assert "".join(chunk.choices[0].text for chunk in streamed) == done.choices[0].text
-    for settings in ({"prompt": ["a", "b"]}, {"n": 2}, {"prompt": "gout " * 2000}, {"temperature": "hot"}):
+    for settings in (
+        {"prompt": ["a", "b"]},
+        {"n": 2},
+        {"prompt": "gout " * 2000},
+        {"prompt": "x" * 300_000},
+        {"temperature": "hot"},
+    ):
         with pytest.raises(openai.BadRequestError):
             served.client.completions.create(**{"model": "any", "prompt": "x", **settings})  # type: ignore[call-overload]
 
