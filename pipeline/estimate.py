@@ -295,7 +295,9 @@ class Estimator:
             seconds += _IMPORT_SECONDS + prompts * forward + 2 * generated * token
             memory = max(memory, _IMPORT_BYTES + 4 * self.size.parameters)
         compared = self.config.export.quantizations
-        together = sum(self.file_bytes(name) + 0.15 * GIBIBYTE for name in compared)
+        # Beside each file llama.cpp's and our own logits of 512 positions.
+        logits = 2 * 512 * 4 * self.size.vocabulary
+        together = sum(self.file_bytes(name) + 0.15 * GIBIBYTE + logits for name in compared)
         if bench.quality_records and len(compared) > 1 and together < 0.9 * self.hardware.memory_bytes:
             tokens = len(compared) * min(bench.quality_records, self.work.eval_rows) * self.work.mean_tokens
             seconds += 4 + tokens * (reading + self.size.vocabulary * _SECONDS_PER_COMPARED_LOGIT)
