@@ -18,7 +18,10 @@ from pipeline.sweep_file import load_sweep
 pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).resolve().parents[2]
-SCALE = ["training.max_steps=4", "training.logging_steps=1", "evaluation.rows=20", "evaluation.max_new_tokens=8"]
+SCALE = [
+    "training.max_steps=4", "training.logging_steps=1", "verify.prompts=1", "evaluation.rows=20",
+    "evaluation.max_new_tokens=8",
+]  # fmt: skip
 FIRST, SECOND = (experiment.name for experiment in load_sweep("smollm2-cpu").experiments[:2])
 
 
