@@ -251,12 +251,12 @@ def _gpu_name() -> str | None:
 
 
 def _versions() -> dict[str, str]:
-    from export.gguf_model import llama_cpp_build
+    from export.ggml import build
 
     installed = {
         each.metadata["Name"].lower().replace("_", "-"): each.version for each in importlib.metadata.distributions()
     }
-    return {name: installed[name] for name in _LIBRARIES if name in installed} | {"llama.cpp": llama_cpp_build()}
+    return {name: installed[name] for name in _LIBRARIES if name in installed} | {"llama.cpp": build()}
 
 
 def probe(request: ProbeRequest) -> Speed:

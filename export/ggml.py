@@ -63,6 +63,13 @@ def library_path() -> Path:
     return Path(spec.origin).parent / "lib" / _LIBRARY_NAMES.get(sys.platform, "libggml-base.so")
 
 
+def build() -> str:
+    """llama.cpp's commit and the ggml version that llama-cpp-python was built from."""
+    ggml = ctypes.CDLL(str(library_path()))
+    ggml.ggml_commit.restype = ggml.ggml_version.restype = ctypes.c_char_p
+    return f"{ggml.ggml_commit().decode()} (ggml {ggml.ggml_version().decode()})"
+
+
 @cache
 def library() -> ctypes.CDLL:
     """libggml-base; loaded without importing llama_cpp, which would load all of llama.cpp."""

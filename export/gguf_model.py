@@ -11,7 +11,6 @@ import ctypes
 from collections.abc import Generator, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import llama_cpp
 import numpy as np
@@ -23,9 +22,6 @@ from pipeline.hardware import usable_cores
 from pipeline.prompts import ChatFormat
 from pipeline.vocabulary import LlamaCppVocabulary
 
-if TYPE_CHECKING:
-    from pipeline.config import KvType
-
 GGUF_MAGIC = b"GGUF"
 PROMPT_PART = 128  # tokens of a prompt between two chances to stop; 512 at once take as much time on a CPU (SmolLM2)
 
@@ -34,7 +30,7 @@ class GgufModel:
     """A GGUF under llama.cpp. ``n_ctx`` 0 takes the model's own context length (tokens).
 
     ``system`` None takes the system prompt that the file says it was trained with, if any; "" takes none.
-    ``kv_type`` is the type of cached keys and values; the quantized ones need ``flash_attention``.
+    ``kv_type`` is ggml's name of the type of cached keys and values; the quantized ones need ``flash_attention``.
     ``llama`` is the file as someone else has loaded it already, with settings of its own.
     """
 
@@ -48,7 +44,7 @@ class GgufModel:
         n_batch: int = 512,
         system: str | None = None,
         flash_attention: bool = False,
-        kv_type: KvType = "f16",
+        kv_type: str = "f16",
         llama: llama_cpp.Llama | None = None,
     ) -> None:
         check_is_gguf(path)
@@ -269,15 +265,6 @@ class GgufModel:
             length = llama_cpp.llama_token_to_piece(vocab, token, buffer, len(buffer), 0, True)
             pieces.append(buffer.raw[: max(length, 0)])
         return b"".join(pieces)
-
-
-def llama_cpp_build() -> str:
-    """llama.cpp's commit and the ggml version that llama-cpp-python was built from."""
-    from export.ggml import library_path
-
-    ggml = ctypes.CDLL(str(library_path()))
-    ggml.ggml_commit.restype = ggml.ggml_version.restype = ctypes.c_char_p
-    return f"{ggml.ggml_commit().decode()} (ggml {ggml.ggml_version().decode()})"
 
 
 def supports_gpu() -> bool:
