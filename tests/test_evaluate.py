@@ -312,6 +312,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read_records(tmp_path / "absent.jsonl")
 
 
+@pytest.mark.broad
 def test_the_stage_on_real_ggufs(tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
 

@@ -132,6 +132,7 @@ def test_too_few_records_name_the_setting(base: Path) -> None:
     assert any("lower data.train_rows or data.eval_rows" in problem for problem in plan.problems)
 
 
+@pytest.mark.broad
 def test_a_large_source_is_judged_by_its_first_records(base: Path, tmp_path: Path) -> None:
     row = {"Question": "q", "Complex_CoT": "Okay.", "Response": "a"}
     source = tmp_path / "many.jsonl"
@@ -156,6 +157,7 @@ def test_without_colour_the_mask_is_bracketed(base: Path, capsys: pytest.Capture
     assert "there is" in text and "verify" in text
 
 
+@pytest.mark.broad
 def test_a_run_that_cannot_fit_is_not_begun(base: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pipeline.cli", "run", "--set", f"model.base={base}", "--until", "train"]
     command += ["--set", "data.eval_rows=150", "--run-dir", str(tmp_path), "--json"]

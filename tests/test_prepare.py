@@ -97,6 +97,7 @@ def test_too_few_rows_say_what_was_rejected(base: Path, tmp_path: Path) -> None:
         run(base, tmp_path, [json.dumps(row(1)), "{}", "{}"])
 
 
+@pytest.mark.broad
 @pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not beside the project")
 def test_flashcards_are_the_rows_that_datasets_draws(tmp_path: Path) -> None:
     """The earlier project: filter under 5 characters, Dataset.shuffle(seed=42), the first 3,000 and the next 200."""
@@ -115,6 +116,7 @@ def test_flashcards_are_the_rows_that_datasets_draws(tmp_path: Path) -> None:
     assert result.leakage.policy == "keep" and result.leakage.held_out_given_away > 0
 
 
+@pytest.mark.broad
 @pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not beside the project")
 def test_flashcards_too_long_for_the_context_are_replaced_and_the_order_stays(tmp_path: Path) -> None:
     folder = shared_tokenizer("tinyllama-1.1b-chat")
@@ -140,6 +142,7 @@ def kept_by_the_recipe(card: dict[str, str]) -> bool:
     return len(card["input"].strip()) >= 5 and len(card["output"].strip()) >= 5
 
 
+@pytest.mark.broad
 @pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not beside the project")
 def test_medical_o1_records_keep_their_order(tmp_path: Path) -> None:
     folder = shared_tokenizer("deepseek-r1-distill-llama-8b")

@@ -156,6 +156,7 @@ sys.exit(run_as_child("train", Path("runs/x"), work))
 """
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(
     ("failure", "status", "sentence"),
     [

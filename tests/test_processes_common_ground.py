@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.broad
+
 SCRIPT = """
 import sys
 from pathlib import Path

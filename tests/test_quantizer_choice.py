@@ -227,6 +227,7 @@ print(len(said), "numba" in sys.modules, round(time.perf_counter() - started, 3)
 """
 
 
+@pytest.mark.broad
 def test_a_second_process(tmp_path: Path) -> None:
     """Compiled kernels lie in the cache folder; the second process neither compiles nor checks."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MEDCOT_CACHE": str(tmp_path / "medcot")}

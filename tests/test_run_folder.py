@@ -175,6 +175,7 @@ def test_bad_folders_are_one_sentence(
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.broad
 def test_the_command_prints_the_decision_or_one_document(run_dir: Path, tmp_path: Path) -> None:
     fail(run_dir, "evaluate", "The disk is full", 1)
     shown = command("report", run_dir, "--out", tmp_path / "out", "--json")

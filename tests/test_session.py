@@ -360,6 +360,7 @@ def test_sampling_is_what_the_user_asks_then_the_file_then_the_default() -> None
     assert Sampling.for_model(plain).seed != Sampling.for_model(plain).seed
 
 
+@pytest.mark.broad
 def test_the_small_model_answers_twice() -> None:
     from export.gguf_model import GgufModel
 

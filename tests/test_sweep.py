@@ -20,6 +20,9 @@ from pipeline.sweep_file import Sweep, load_sweep
 from pipeline.sweep_machine import gpu_slots, run_here
 from pipeline.sweep_process import LOG_NAME
 
+# Every experiment is a run with processes of its own.
+pytestmark = pytest.mark.broad
+
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = """
 experiments:

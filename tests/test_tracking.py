@@ -108,6 +108,7 @@ def in_a_process(script: str, folder: Path, **options: Any) -> subprocess.Comple
     return subprocess.run(command, capture_output=True, text=True, timeout=100, **options)
 
 
+@pytest.mark.broad
 def test_after_a_kill_one_offline_recording_holds_every_row_and_the_configuration(tmp_path: Path) -> None:
     script = """
 import signal
@@ -159,6 +160,7 @@ def test_without_a_key_nothing_is_asked_at_the_keyboard(tmp_path: Path) -> None:
     assert recorded_offline(tmp_path / "run")[0] == expected(ROWS)
 
 
+@pytest.mark.broad
 def test_a_server_that_does_not_answer_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")

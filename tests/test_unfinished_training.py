@@ -10,6 +10,8 @@ from pipeline import run as driver
 from pipeline.artifacts import CHECKPOINTS_NAME, IN_PROGRESS_NAME, Manifest, read_manifest, write_manifest
 from pipeline.config import Config, load_config
 
+pytestmark = pytest.mark.broad
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -103,6 +103,7 @@ def test_real_tokenizers_verify(tokenizer: str, size: int, tmp_path: Path) -> No
     assert [(check.name, check.detail) for check in result.checks if not check.passed] == []
 
 
+@pytest.mark.broad
 def test_the_stages_work_together(models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, adapter = models
     config = Config.model_validate(
