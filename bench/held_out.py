@@ -69,7 +69,8 @@ def read_records(path: Path, limit: int | None = None, choice_rows: int | None =
     keep them. Raises MedcotError naming file and line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON may hold U+2028 and other line separators as they are.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise MedcotError(f"{path} cannot be read ({error}): name a JSONL file of held-out records.") from error
     records: list[HeldOutRecord] = []

@@ -262,6 +262,13 @@ def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
         run([tmp_path / "a.gguf", tmp_path / "other" / "a.gguf"], tmp_path / "eval")
 
 
+def test_a_line_ends_at_its_newline_alone(tmp_path: Path) -> None:
+    path = tmp_path / "held_out.jsonl"
+    row = {"question": "one\u2028two", "reasoning": None, "answer": "three\x85four"}
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\r\n\n", encoding="utf-8", newline="")
+    assert read_records(path) == [HeldOutRecord(Example("one\u2028two", None, "three\x85four"))]
+
+
 def test_reading_held_out_records(tmp_path: Path) -> None:
     path = tmp_path / "eval.jsonl"
     rows = [
