@@ -28,14 +28,13 @@ from pipeline.config import KvType
 from pipeline.errors import MedcotError
 from pipeline.hardware import usable_cores
 from pipeline.prompts import ChatFormat
+from pipeline.sampling import DEFAULT_TEMPERATURE, DEFAULT_TOP_P
 from pipeline.vocabulary import TransformersVocabulary
 
 ADAPTER_CONFIG = "adapter_config.json"
 _BATCH = {"cuda": 16, "cpu": 4}  # prompts that transformers answers together
 EngineName = Literal["llama.cpp", "transformers"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-# The chat's defaults (chat/session.py), which are DeepSeek's recommendation for R1 and its distillations.
-TEMPERATURE, TOP_P = 0.6, 0.95
 
 
 @dataclass(frozen=True)
@@ -113,6 +112,14 @@ def open_engine(path: Path, settings: Settings) -> Engine:
     if (path / "config.json").is_file():
         return TransformersEngine(path, None, settings)
     raise MedcotError(f"{path} is no model: name a GGUF, a folder with config.json or one with adapter_config.json.")
+
+
+def check_distinct_names(paths: Sequence[Path]) -> None:
+    """Raises MedcotError: results go by the file's name."""
+    names = [path.name for path in paths]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise MedcotError(f"Two models are called {twice}: rename one, since results go by the file's name.")
 
 
 def target_log_probabilities(blocks: Iterable[npt.NDArray[np.float32]], ids: Sequence[int]) -> npt.NDArray[np.float64]:
@@ -211,7 +218,9 @@ class LlamaCppEngine:
     def answer_times(self, prompt: Sequence[int], max_new_tokens: int, seed: int) -> list[float]:
         self._model.keep_first(0)
         started = time.perf_counter()
-        tokens = self._model.generate(prompt, max_new_tokens, temperature=TEMPERATURE, top_p=TOP_P, seed=seed)
+        tokens = self._model.generate(
+            prompt, max_new_tokens, temperature=DEFAULT_TEMPERATURE, top_p=DEFAULT_TOP_P, seed=seed
+        )
         times = [time.perf_counter() - started for _ in tokens]
         return times or [time.perf_counter() - started]
 
@@ -381,9 +390,9 @@ class TransformersEngine:
         return times
 
     def _sampled(self, logits: Any) -> int:
-        """Nucleus sampling (Holtzman et al. 2019): of the likeliest tokens that together have TOP_P."""
-        probabilities, order = self._torch.softmax(logits / TEMPERATURE, dim=-1).sort(descending=True)
-        probabilities[probabilities.cumsum(0) - probabilities >= TOP_P] = 0
+        """Nucleus sampling (Holtzman et al. 2019): of the likeliest tokens that together have DEFAULT_TOP_P."""
+        probabilities, order = self._torch.softmax(logits / DEFAULT_TEMPERATURE, dim=-1).sort(descending=True)
+        probabilities[probabilities.cumsum(0) - probabilities >= DEFAULT_TOP_P] = 0
         return int(order[self._torch.multinomial(probabilities, 1)].item())
 
     @property

@@ -20,7 +20,6 @@ from bench.record_outcome import EvaluationSettings, RecordOutcome
 from bench.text_metrics import bleu_signature
 from pipeline.artifacts import Artifact, write_json
 from pipeline.config import Config
-from pipeline.errors import MedcotError
 from pipeline.gates import Gate
 from pipeline.results import Comparison, Evaluation, ExportedModels, Sample
 
@@ -98,7 +97,7 @@ def evaluate_models(
     gates: Sequence[Gate] = (),
 ) -> Evaluation:
     """Evaluate each model on all records and write ``evaluation.json``; gates are told, not raised."""
-    _check_distinct_names(paths)
+    engines.check_distinct_names(paths)
     out_dir.mkdir(parents=True, exist_ok=True)
     asked = [*records, *(question.record for question in REFERENCE_QUESTIONS)]
     answered = evaluate_side_by_side(paths, asked, out_dir, settings)
@@ -157,10 +156,3 @@ def _samples(asked: Sequence[HeldOutRecord], answered: dict[str, list[RecordOutc
             for index, record in enumerate(asked[: min(HELD_OUT_SAMPLES, held_out)])
         ),
     ]
-
-
-def _check_distinct_names(paths: Sequence[Path]) -> None:
-    names = [path.name for path in paths]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise MedcotError(f"Two models are called {twice[0]}: rename one, since results go by the file's name.")

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from bench import child
 from bench.bandwidth import measure_bandwidth
-from bench.engines import Dtype
+from bench.engines import Dtype, check_distinct_names
 from bench.gguf_weights import is_model
 from bench.quality import QualityRequest, candidates, measure_quality
 from bench.recommendation import recommend
@@ -36,7 +36,7 @@ _LIBRARIES = ("llama-cpp-python", "transformers", "torch", "peft", "bitsandbytes
 
 def bench(config: Config, inputs: dict[str, Path], out_dir: Path) -> Benchmark:
     """The stage: all exported GGUFs and, if the configuration says so, base + adapter under transformers."""
-    from pipeline.prepare import load_examples
+    from pipeline.prepare import EVAL_FILE
 
     exported = Artifact.load(inputs["export"], ExportedModels)
     settings = config.bench
@@ -46,7 +46,6 @@ def bench(config: Config, inputs: dict[str, Path], out_dir: Path) -> Benchmark:
     ]
     if settings.transformers:
         requests.append(_transformers_request(config, inputs["train"]))
-    held_out = load_examples(inputs["prepare"] / "eval.jsonl")
     evaluation = Artifact.load(inputs["evaluate"], Evaluation).result
     tuned = {file.name for file in exported.result.files if file.role == "tuned"}
     return _measure_all(
@@ -54,7 +53,7 @@ def bench(config: Config, inputs: dict[str, Path], out_dir: Path) -> Benchmark:
         settings,
         out_dir,
         comparable=tuned,
-        held_out=held_out[: settings.quality_records],
+        held_out=_held_out(inputs["prepare"] / EVAL_FILE, settings.quality_records),
         context_tokens=config.model.max_seq_length,
         answer_length=answer_length(evaluation, exported.result.ship) or ASSUMED_LENGTH,
     )
@@ -78,16 +77,13 @@ def bench_models(
         if not path.exists():
             raise MedcotError(f"{path} does not exist: name a GGUF or a model's folder.")
     paths = _models(paths)
-    names = [path.name for path in paths]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise MedcotError(f"Two models are called {twice}: rename one, since results go by the file's name.")
+    check_distinct_names(paths)
     transformers = {"dtype": dtype, "load_in_4bit": load_in_4bit}
     return _measure_all(
         [_request(path, settings, 0, None).model_copy(update=transformers if path.is_dir() else {}) for path in paths],
         settings,
         out_dir,
-        comparable=set(names) - _bases(paths),
+        comparable={path.name for path in paths} - _bases(paths),
         held_out=_held_out(data or _data_of_run(paths[0]), settings.quality_records),
         context_tokens=settings.context_tokens or 2048,
         answer_length=ASSUMED_LENGTH,

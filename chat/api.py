@@ -44,7 +44,7 @@ from chat.safety import RedFlagWatch
 from chat.session import LONGEST_TOKEN
 from chat.turn import Piece
 from chat.web_conversation import WebSettings
-from chat.web_server import SECONDS_TO_END, listen, url_of
+from chat.web_server import listen, server_config, url_of
 from export.gguf_model import GgufModel
 from pipeline.errors import MedcotError
 from pipeline.hardware import usable_cores
@@ -117,9 +117,8 @@ def serve_api(
             click.echo(json.dumps({"url": url, "models": [path.stem]}))
         else:
             click.echo(f"{DISCLAIMER}\n{path.stem} answers at {url}; Ctrl-C ends.", err=True)
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SECONDS_TO_END, server_header=False)
         with suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[listener])
+            uvicorn.Server(server_config(app)).run(sockets=[listener])
 
 
 class _Endpoint:

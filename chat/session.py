@@ -16,16 +16,13 @@ from chat.answer import AnswerInProgress
 from chat.turn import Done, Event, Finished, Forgotten, Piece, Reading, ThoughtEnded, Turn
 from pipeline.errors import MedcotError
 from pipeline.prompts import THINK_CLOSE, THINK_OPEN, ChatFormat, Message
+from pipeline.sampling import DEFAULT_TEMPERATURE, DEFAULT_TOP_P
 
 __all__ = [
     "ChatModel", "Done", "Event", "Finished", "Forgotten", "Piece", "Reading", "Sampling", "Session", "ThoughtEnded",
     "Turn",
 ]  # fmt: skip
 
-# DeepSeek's usage recommendations for R1 and its distillations: https://huggingface.co/deepseek-ai/DeepSeek-R1
-# Models tuned to think in the same way get the same, unless their file says otherwise.
-DEFAULT_TEMPERATURE = 0.6
-DEFAULT_TOP_P = 0.95
 SEEDS = 1 << 31  # llama.cpp's go from 0; its largest, 2^32 - 1, means a random one
 # Characters. Vocabularies hold no longer ones but for runs of spaces, so a text of so many is too long untokenized:
 # tokenizing a pasted book would take minutes.

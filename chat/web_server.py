@@ -139,9 +139,14 @@ def new_server(app: Guard) -> uvicorn.Server:
             app.end()
             await super().shutdown(sockets)
 
-    return Server(
-        uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SECONDS_TO_END, server_header=False)
-    )
+    return Server(server_config(app))
+
+
+def server_config(app: Any) -> uvicorn.Config:
+    """How both the page and the API are served: quietly, and ended in SECONDS_TO_END."""
+    import uvicorn
+
+    return uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SECONDS_TO_END, server_header=False)
 
 
 def listen(host: str, port: int) -> tuple[socket.socket, bool]:
