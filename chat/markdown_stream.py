@@ -20,7 +20,10 @@ _FENCES = ("```", "~~~")
 
 
 class MarkdownStream:
-    """Prints to a terminal that understands cursor movements; ``finish`` renders what is still plain."""
+    """Prints to a terminal that understands cursor movements; ``finish`` renders what is still plain.
+
+    A block is flushed once it is rendered; what is plain as yet is flushed by the caller.
+    """
 
     def __init__(self, console: Console, harmless: Callable[[str], str]) -> None:
         self._console = console
@@ -46,7 +49,6 @@ class MarkdownStream:
     def _show(self, line: str) -> None:
         shown = self._harmless(line).replace("\t", "    ")
         self._console.file.write(shown)
-        self._console.file.flush()
         width = self._console.width
         for character in shown:
             if character == "\n":

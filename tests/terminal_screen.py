@@ -35,6 +35,11 @@ class Screen:
             self.text += os.read(self._descriptor, 65536).decode(errors="replace")
         return True
 
+    def interrupt_shows(self, wanted: str) -> bool:
+        """Press Ctrl-C; whether ``wanted`` was printed soon after."""
+        self.type("\x03", end="")
+        return self.shows(wanted, seconds=2)
+
     def wait_for(self, wanted: str) -> str:
         """Return, and take off the screen, all up to the end of ``wanted``."""
         assert self.shows(wanted, seconds=20), f"{wanted!r} was not printed, but {self.text[-500:]!r}"
