@@ -1,10 +1,11 @@
 """Our training step against calling Unsloth directly and against plain TRL + PEFT: tokens/s and peak memory.
 
-    python -m bench.training [--preset smollm2-cpu] [--steps 12] [--repeats 5]
+    python -m bench.training [--preset smollm2-cpu] [--steps 40] [--repeats N]
 
-The same model, data, batches in the same order and arguments; each training in a process of its own, one after another
-in changing order, so that a slow minute of the machine does not hit one way alone. Loading, held-out loss, checkpoints
-and the first steps are left out of the time.
+The same model, data, batches in the same order and arguments, each training in a process of its own. All three are
+loaded at once and take turns step by step in changing order, so that a slow moment of the machine hits them alike. With
+--repeats they train one after another instead, for a GPU that has no room for three models. Loading, held-out loss,
+checkpoints and the first steps are left out of the time.
 """
 
 from __future__ import annotations
@@ -13,18 +14,23 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
 import click
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from bench.speed import machine_name
 from bench.statistics import percentile
 from bench.training_probe import RESULT_NAME, TimedSteps, TrainingRequest, Way
+from bench.turns import Turn
 from pipeline.artifacts import package_versions
 from pipeline.config import DEFAULT_PRESET, load_config
 from pipeline.errors import GateFailed, MedcotError
@@ -36,12 +42,16 @@ WAYS: tuple[Way, ...] = get_args(Way)
 NAMES: dict[Way, str] = {"medcot": "medcot", "unsloth": "Unsloth directly", "trl": "TRL + PEFT"}
 WARM_UP = 2  # steps: kernels are chosen and memory is taken for the first time
 SLOWER_AT_MOST = 0.03  # than Unsloth directly
+_LOG_NAME = "log.txt"
 # The ways round differently (adapter in 32 or 16 bit, fused kernels); other batches differ by more.
 _SAME_FIRST_LOSS = 0.02
 
 
+Measured = dict[Way, list[TimedSteps]]  # one a repeat
+
+
 class WaySpeed(BaseModel):
-    """One value a repeat, in the order of the repeats."""
+    """One speed a timed step where the ways took turns, else one a repeat, in order; of the rest one a repeat."""
 
     model_config = ConfigDict(frozen=True)
     way: Way
@@ -62,16 +72,17 @@ class TrainingComparison(BaseModel):
     versions: dict[str, str]
     steps: int
     warm_up: int
+    in_turns: bool = Field(description="Step by step, all three loaded at once; else one training after another.")
     ways: list[WaySpeed]
 
     def ratios(self, way: Way, to: Way) -> list[float]:
-        """Tokens/s of one way over another's, repeat by repeat."""
+        """Tokens/s of one way over another's, step by step or repeat by repeat."""
         speeds = {each.way: each.tokens_per_second for each in self.ways}
         return [one / other for one, other in zip(speeds[way], speeds[to], strict=True)]
 
 
-def compare(preset: str, overrides: Sequence[str], steps: int, repeats: int, folder: Path) -> TrainingComparison:
-    """Train ``repeats`` times each way in ``folder``. Raises MedcotError when a way fails."""
+def compare(preset: str, overrides: Sequence[str], steps: int, repeats: int | None, folder: Path) -> TrainingComparison:
+    """Train each way in ``folder``, in turns or else ``repeats`` times. Raises MedcotError when a way fails."""
     settings = [
         *overrides,
         "data.eval_rows=1",  # only the stage evaluates; its memory must not be the evaluation's
@@ -83,15 +94,7 @@ def compare(preset: str, overrides: Sequence[str], steps: int, repeats: int, fol
     ]
     run_dir = folder / "run"
     run(load_config(preset, settings), run_dir, until="prepare", plan_first=False)
-    measured: dict[Way, list[TimedSteps]] = {way: [] for way in WAYS}
-    console = Console(stderr=True)
-    for repeat in range(repeats):
-        first = repeat % len(WAYS)
-        for way in (*WAYS[first:], *WAYS[:first]):
-            console.print(f"repeat {repeat + 1}/{repeats}: {NAMES[way]}", highlight=False)
-            out_dir = folder / f"{way}-{repeat}"
-            out_dir.mkdir()
-            measured[way].append(_measure(TrainingRequest(way=way, run_dir=run_dir, out_dir=out_dir)))
+    measured = _in_turns(run_dir, folder, steps) if repeats is None else _repeated(run_dir, folder, repeats)
     tokens = measured["medcot"][0].tokens
     require_same_batches(measured)
     return TrainingComparison(
@@ -102,28 +105,95 @@ def compare(preset: str, overrides: Sequence[str], steps: int, repeats: int, fol
         versions=package_versions(stage_named("train").packages),
         steps=steps,
         warm_up=WARM_UP,
-        ways=[way_speed(way, measured[way], tokens) for way in WAYS],
+        in_turns=repeats is None,
+        ways=[way_speed(way, measured[way], tokens, by_step=repeats is None) for way in WAYS],
     )
 
 
-def _measure(request: TrainingRequest) -> TimedSteps:
+def _in_turns(run_dir: Path, folder: Path, steps: int) -> Measured:
+    turns = {way: Turn.make() for way in WAYS}
+    with ExitStack() as stack:
+        trainings = {}
+        for way, turn in turns.items():
+            request = TrainingRequest(way=way, run_dir=run_dir, out_dir=_folder_for(way, folder), turn=turn.childs)
+            trainings[way] = stack.enter_context(_training(request))
+            turn.started()
+            if not turn.wait():  # loaded, and before its first step
+                raise trainings[way].ended_early(0)
+        for step in track(range(steps), "steps", console=Console(stderr=True)):
+            for way in _rotated(step):
+                if not turns[way].take():
+                    raise trainings[way].ended_early(step)
+        for turn in turns.values():
+            turn.end()
+        return {way: [training.result()] for way, training in trainings.items()}
+
+
+def _repeated(run_dir: Path, folder: Path, repeats: int) -> Measured:
+    measured: Measured = {way: [] for way in WAYS}
+    console = Console(stderr=True)
+    for repeat in range(repeats):
+        for way in _rotated(repeat):
+            console.print(f"repeat {repeat + 1}/{repeats}: {NAMES[way]}", highlight=False)
+            out_dir = _folder_for(f"{way}-{repeat}", folder)
+            with _training(TrainingRequest(way=way, run_dir=run_dir, out_dir=out_dir)) as training:
+                measured[way].append(training.result())
+    return measured
+
+
+def _rotated(number: int) -> tuple[Way, ...]:
+    first = number % len(WAYS)
+    return (*WAYS[first:], *WAYS[:first])
+
+
+def _folder_for(name: str, folder: Path) -> Path:
+    (folder / name).mkdir()
+    return folder / name
+
+
+@dataclass(frozen=True)
+class _Training:
+    """A child that trains; ``result`` waits for it and raises MedcotError when it failed."""
+
+    request: TrainingRequest
+    process: subprocess.Popen[str]
+
+    def ended_early(self, steps: int) -> MedcotError:
+        """Why it ended after so many steps; raises MedcotError itself when the training failed."""
+        self.result()
+        return MedcotError(f"Training by {NAMES[self.request.way]} ended after {steps} steps: compare fewer.")
+
+    def result(self) -> TimedSteps:
+        status = self.process.wait()
+        if status != 0:
+            log = (self.request.out_dir / _LOG_NAME).read_text(errors="replace")
+            last = (log.strip().splitlines() or ["no message"])[-1]
+            raise MedcotError(f"Training by {NAMES[self.request.way]} failed (status {status}): {last:.300}")
+        return TimedSteps.model_validate_json((self.request.out_dir / RESULT_NAME).read_bytes())
+
+
+@contextmanager
+def _training(request: TrainingRequest) -> Iterator[_Training]:
     # What run.py sets for the stage is part of our way; the others run in the user's environment.
     own = stage_named("train").environment if request.way == "medcot" else {}
-    log = request.out_dir / "log.txt"
-    with log.open("w") as stream:
-        status = subprocess.run(
+    with (request.out_dir / _LOG_NAME).open("w") as stream:
+        process = subprocess.Popen(
             [sys.executable, "-m", "bench.training_probe"],
-            input=request.model_dump_json(),
+            stdin=subprocess.PIPE,
             text=True,
             stdout=stream,
             stderr=stream,
             env={**own, **with_our_packages()},
-            check=False,
-        ).returncode
-    if status != 0:
-        last = (log.read_text(errors="replace").strip().splitlines() or ["no message"])[-1]
-        raise MedcotError(f"Training by {NAMES[request.way]} failed (status {status}): {last:.300}")
-    return TimedSteps.model_validate_json((request.out_dir / RESULT_NAME).read_bytes())
+            pass_fds=request.turn or (),
+        )
+    with process:
+        try:
+            assert process.stdin is not None
+            process.stdin.write(request.model_dump_json())
+            process.stdin.close()
+            yield _Training(request, process)
+        finally:
+            process.kill()
 
 
 def require_same_batches(measured: dict[Way, list[TimedSteps]]) -> None:
@@ -136,11 +206,18 @@ def require_same_batches(measured: dict[Way, list[TimedSteps]]) -> None:
             )
 
 
-def way_speed(way: Way, repeats: Sequence[TimedSteps], tokens: Sequence[int]) -> WaySpeed:
-    timed = tokens[-1] - tokens[WARM_UP - 1]
+def way_speed(way: Way, repeats: Sequence[TimedSteps], tokens: Sequence[int], *, by_step: bool = False) -> WaySpeed:
+    """Of each repeat as a whole or, ``by_step``, of each timed step; ``tokens`` up to each step."""
+    if by_step:
+        speeds = [
+            float(speed) for each in repeats for speed in (np.diff(tokens) / np.diff(each.seconds))[WARM_UP - 1 :]
+        ]
+    else:
+        timed = tokens[-1] - tokens[WARM_UP - 1]
+        speeds = [timed / (each.seconds[-1] - each.seconds[WARM_UP - 1]) for each in repeats]
     return WaySpeed(
         way=way,
-        tokens_per_second=[timed / (each.seconds[-1] - each.seconds[WARM_UP - 1]) for each in repeats],
+        tokens_per_second=speeds,
         peak_memory_bytes=[each.peak_memory_bytes for each in repeats],
         peak_gpu_bytes=[each.peak_gpu_bytes for each in repeats],
         losses=repeats[0].losses,
@@ -162,22 +239,23 @@ def print_comparison(comparison: TrainingComparison, *, on_error: bool = False) 
             f"{max(each.peak_memory_bytes) / 1e6:.0f}",
             f"{max(each.peak_gpu_bytes) / 1e6:.0f}" if any(each.peak_gpu_bytes) else "-",
         )
-    timed, repeats = comparison.steps - comparison.warm_up, len(comparison.ways[0].tokens_per_second)
+    timed, values = comparison.steps - comparison.warm_up, len(comparison.ways[0].tokens_per_second)
+    how = "in turns, median of steps" if comparison.in_turns else f"median of {values} repeats"
     console = Console(stderr=on_error)
     console.print(table)
     console.print(
-        f"{comparison.machine}; {comparison.preset}, {timed} of {comparison.steps} steps timed, median of {repeats} "
-        "(least to most)",
+        f"{comparison.machine}; {comparison.preset}, {timed} of {comparison.steps} steps timed, {how} (quartiles)",
         highlight=False,
     )
 
 
 def _spread(values: Sequence[float], form: str) -> str:
-    return f"{percentile(values, 0.5):{form}} ({min(values):{form}} to {max(values):{form}})"
+    middle, low, high = (percentile(values, share) for share in (0.5, 0.25, 0.75))
+    return f"{middle:{form}} ({low:{form}} to {high:{form}})"
 
 
 def require_not_slower(comparison: TrainingComparison) -> None:
-    """Raises GateFailed when our step is slower than Unsloth's by more than SLOWER_AT_MOST."""
+    """Raises GateFailed when our step is slower than Unsloth's by more than SLOWER_AT_MOST, by the median ratio."""
     ratio = percentile(comparison.ratios("medcot", "unsloth"), 0.5)
     if ratio < 1 - SLOWER_AT_MOST:
         raise GateFailed(
@@ -188,14 +266,16 @@ def require_not_slower(comparison: TrainingComparison) -> None:
 @click.command()
 @click.option("--preset", default=DEFAULT_PRESET, show_default=True, help="A preset's name or a YAML file.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one setting; may be repeated.")
-@click.option("--steps", type=click.IntRange(WARM_UP + 1), default=12, show_default=True, help="Optimizer steps.")
-@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Trainings of each way.")
+@click.option("--steps", type=click.IntRange(WARM_UP + 1), default=40, show_default=True, help="Optimizer steps.")
+@click.option(
+    "--repeats", type=click.IntRange(1), help="Train one after another, each way so many times [default: in turns]."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document; the table on standard error.")
 @click.option("--check", is_flag=True, help=f"Exit 3 when slower than Unsloth by more than {SLOWER_AT_MOST:.0%}.")
-def main(preset: str, overrides: tuple[str, ...], steps: int, repeats: int, as_json: bool, check: bool) -> None:
+def main(preset: str, overrides: tuple[str, ...], steps: int, repeats: int | None, as_json: bool, check: bool) -> None:
     """Compare the speed of our training step with Unsloth's and with TRL + PEFT's.
 
-    Example: python -m bench.training --steps 12 --repeats 5
+    Example: python -m bench.training --steps 40 --check
     """
     try:
         with tempfile.TemporaryDirectory(prefix="medcot-bench-") as folder:

@@ -9,6 +9,7 @@ arguments, token ids and labels.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -18,6 +19,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from bench.turns import wait_for_turns
 from pipeline.base_model import load_tokenizer, local_base
 from pipeline.config import Config
 from pipeline.hardware import compute_dtype, detect
@@ -32,17 +34,22 @@ Way = Literal["medcot", "unsloth", "trl"]
 
 
 class TrainingRequest(BaseModel):
-    """``run_dir`` holds a finished prepare stage, ``out_dir`` is where this training writes, result.json included."""
+    """``run_dir`` holds a finished prepare stage, ``out_dir`` is where this training writes, result.json included.
+
+    ``turn`` are the two open descriptors of bench/turns.py, where this training takes turns with others.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     way: Way
     run_dir: Path
     out_dir: Path
+    turn: tuple[int, int] | None = None
 
 
 class TimedSteps(BaseModel):
     """Of each optimizer step its loss (nats per token) and the seconds since training began when it was logged.
 
+    Where the training took turns with others the seconds are its own, up to each step's end.
     ``tokens`` counts the tokens up to each step, padding left out; the way that does not count them has none.
     ``peak_gpu_bytes`` is what PyTorch had allocated at most.
     """
@@ -61,12 +68,15 @@ RESULT_NAME = "result.json"
 
 def measure(request: TrainingRequest) -> TimedSteps:
     train = {"medcot": _train_stage, "unsloth": _train_with_unsloth, "trl": _train_with_trl}[request.way]
+    if request.way != "trl":
+        import unsloth  # noqa: F401  (before transformers, which it patches)
+    own_seconds = None if request.turn is None else wait_for_turns(*request.turn)
     rows = train(load_run_config(request.run_dir), request.run_dir, request.out_dir)
     import torch
 
     return TimedSteps(
         way=request.way,
-        seconds=[row["seconds"] for row in rows],
+        seconds=[row["seconds"] for row in rows] if own_seconds is None else list(itertools.accumulate(own_seconds)),
         losses=[row["loss"] for row in rows],
         tokens=[row["tokens"] for row in rows if "tokens" in row],
         peak_memory_bytes=peak_memory_bytes(),

@@ -17,6 +17,7 @@ from bench.training import (
     way_speed,
 )
 from bench.training_probe import TimedSteps, Way
+from bench.turns import Turn
 from pipeline.errors import GateFailed, MedcotError
 
 
@@ -33,7 +34,15 @@ def comparison(ours: list[float], unsloth: list[float]) -> TrainingComparison:
         for way, speeds in (("medcot", ours), ("unsloth", unsloth), ("trl", unsloth))
     ]
     return TrainingComparison(
-        machine="m", threads=None, preset="p", overrides=[], versions={}, steps=3, warm_up=WARM_UP, ways=ways
+        machine="m",
+        threads=None,
+        preset="p",
+        overrides=[],
+        versions={},
+        steps=3,
+        warm_up=WARM_UP,
+        in_turns=False,
+        ways=ways,
     )
 
 
@@ -41,6 +50,33 @@ def test_the_first_steps_are_not_timed() -> None:
     """100 tokens a step; the first two steps take 10 s each, the others 1 s and 3 s."""
     speed = way_speed("unsloth", [timed("unsloth", [10, 20, 21, 24])], tokens=[100, 200, 300, 400])
     assert speed.tokens_per_second == [50.0]
+
+
+def test_steps_that_took_turns_are_timed_one_by_one() -> None:
+    speed = way_speed("unsloth", [timed("unsloth", [10, 20, 21, 25])], tokens=[100, 200, 300, 500], by_step=True)
+    assert speed.tokens_per_second == [100.0, 50.0]
+
+
+CHILD = """
+import os, sys
+read, write = map(int, sys.argv[1:])
+os.write(write, b".")
+for _ in range(2):
+    os.read(read, 1)
+    os.write(write, b".")
+os.read(read, 1)
+"""
+
+
+def test_a_turn_ends_with_the_step_or_with_the_child() -> None:
+    turn = Turn.make()
+    with subprocess.Popen([sys.executable, "-c", CHILD, *map(str, turn.childs)], pass_fds=turn.childs) as child:
+        turn.started()
+        assert turn.wait() and turn.take() and turn.take()
+        assert not turn.take(), "the child has ended instead"
+        child.wait()
+        assert not turn.take(), "nobody reads any more"
+        turn.end()
 
 
 def test_slower_than_unsloth_is_judged_by_the_median_of_paired_repeats() -> None:
@@ -58,11 +94,12 @@ def test_other_batches_are_no_comparison() -> None:
 
 
 @pytest.mark.e2e
-def test_the_three_ways_train_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("order", [[], ["--repeats", "1"]], ids=["in turns", "one after another"])
+def test_the_three_ways_train_the_same(tmp_path: Path, order: list[str]) -> None:
     base = save_model(tmp_path / "base", hidden=128, feed_forward=256, layers=2)
     command = [sys.executable, "-m", "bench.training", "--set", f"model.base={base}", "--steps", "4"]
     command += ["--set", "training.batch_size=2", "--set", "training.gradient_accumulation=2"]
-    outcome = subprocess.run([*command, "--repeats", "1", "--json"], capture_output=True, text=True, check=False)
+    outcome = subprocess.run([*command, *order, "--json"], capture_output=True, text=True, check=False)
     assert outcome.returncode == 0, outcome.stderr
     result = TrainingComparison.model_validate(json.loads(outcome.stdout))
     assert [each.way for each in result.ways] == ["medcot", "unsloth", "trl"]
