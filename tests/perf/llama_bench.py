@@ -86,6 +86,7 @@ def main() -> None:
         for side in sorted(sides, reverse=bool(number % 2)):
             for test, rate in sides[side](arguments).items():
                 rates[side][test].append(rate)
+                print(f"{number + 1}/{arguments.rounds} {side} {test} {rate:.2f}", file=sys.stderr)
     statuses = [0]
     print(f"{arguments.model.name}, {arguments.threads} threads, {arguments.rounds} rounds\n")
     print("| test | medcot, tokens/s | llama-bench | median ratio (95 % interval) |\n| --- | ---: | ---: | ---: |")
