@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import save_tokenizer
 
 from pipeline import ranks
@@ -16,6 +17,7 @@ from pipeline.prompts import ChatFormat, Example
 from pipeline.results import LossPoint
 from pipeline.training.batch import Batch, first_batch, is_out_of_memory, keep_batch, memory_advice
 from pipeline.training.held_out import best_of, out_of_patience
+from pipeline.training.lora_model import autocast_asked_of
 from pipeline.training.loss_guard import LossGuard, TrainingDiverged
 from pipeline.training.metrics_log import MetricsLog
 from pipeline.training.rows import Collator, TokenCounts, encode_all, encoded_rows
@@ -229,3 +231,17 @@ def test_rows_are_read_from_disk_as_they_were_encoded(tmp_path: Path) -> None:
     assert batch["line"].tolist() == [1, 5]
     assert batch["attention_mask"].sum(dim=1).tolist() == [lengths[0], lengths[4]]
     assert batch["labels"][0].tolist() == expected[0].labels + [-100] * (lengths[4] - lengths[0])
+
+
+# autocast
+
+
+def test_on_the_cpu_autocast_is_asked_of_the_cpu() -> None:
+    """peft and Unsloth ask without naming a device, PyTorch itself names one."""
+    with autocast_asked_of("cpu"), torch.autocast("cpu", torch.bfloat16):
+        assert torch.is_autocast_enabled() and torch.is_autocast_enabled("cpu")
+        assert not torch.is_autocast_enabled("cuda")
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.is_autocast_enabled(), "without it the answer is CUDA's"

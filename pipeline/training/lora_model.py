@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,23 @@ def adapter_in_float32(model: Any) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+@contextmanager
+def autocast_asked_of(device: str) -> Iterator[None]:
+    """``torch.is_autocast_enabled()`` without an argument means ``device``, and not CUDA.
+
+    peft and Unsloth ask so before they compute an adapter. On the CPU they hear no, and widen input and output of every
+    adapted layer to the adapter's 32 bit, which autocast narrows again: the same numbers for more time and memory.
+    """
+    import torch
+
+    asked = torch.is_autocast_enabled
+    torch.is_autocast_enabled = lambda device_type=device: asked(device_type)
+    try:
+        yield
+    finally:
+        torch.is_autocast_enabled = asked
 
 
 def adapter_weights(model: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from pipeline.checkpoints import TrainingProgress, checkpoint_path, disk_errors_
 from pipeline.config import TrainingConfig
 from pipeline.progress import TrainingProgressBar
 from pipeline.training.held_out import best_of, held_out_loss, out_of_patience
-from pipeline.training.lora_model import adapter_in_float32
+from pipeline.training.lora_model import adapter_in_float32, autocast_asked_of
 from pipeline.training.loss_guard import LossGuard, TrainingDiverged
 from pipeline.training.metrics_log import MetricsLog
 from pipeline.training.rows import lengths_of
@@ -70,7 +70,8 @@ class AdapterTrainer(SFTTrainer):
         for row in self.metrics_log.rows:
             self.budget.closing_takes(row.get("eval_seconds", 0.0))
         try:
-            return super().train(**arguments)
+            with autocast_asked_of(self.accelerator.device.type):
+                return super().train(**arguments)
         finally:
             self.loop_seconds.stop()
             self._bar.stop()
