@@ -62,8 +62,9 @@ class Platform:
     """What this machine is and where its room is.
 
     ``runs`` holds a folder for each run and ``persistence`` says what becomes of it; ``kept`` is where copies outlive
-    the machine (None: nowhere, or no need), ``to_keep`` what to do where nothing would be kept; ``scratch`` is where downloads and temporary files go (None: where they
-    always go). A ``service`` brings its own PyTorch: its packages go beside that, into no virtual environment.
+    the machine (None: nowhere, or no need), ``to_keep`` what to do where nothing would be kept; ``scratch`` is where
+    downloads and temporary files go (None: where they always go). A ``service`` brings its own PyTorch: packages go
+    beside that, into no virtual environment.
     """
 
     name: str
@@ -130,7 +131,7 @@ def _kaggle(environ: Mapping[str, str], root: Path) -> Platform:
         runs=Path(environ.get("MEDCOT_RUNS") or root / "kaggle/working/runs"),
         persistence="kept as the output of Save Version; of an interactive session only with Settings, Persistence, "
         "Files only",
-        scratch=temp if writable else root / "tmp",
+        scratch=temp if writable else root / "tmp/medcot",
     )
 
 
