@@ -60,10 +60,11 @@ def show_report(name: str) -> None:
     page = run_dir(name) / "report" / "report.html"
     if not page.is_file():
         raise MedcotError(f"There is no {page}: the run above did not come to its report; its last lines say why.")
-    # In a frame of its own: its styles and the notebook's do not meet.
+    # In a frame of its own: its styles and the notebook's do not meet. In a <div>, or IPython advises its IFrame, which
+    # takes an address alone, and services show no local file's.
     frame = (
-        f'<iframe srcdoc="{escape(page.read_text(encoding="utf-8"))}" '
-        f'style="width: 100%; height: {_REPORT_HEIGHT}px; border: 0"></iframe>'
+        f'<div><iframe srcdoc="{escape(page.read_text(encoding="utf-8"))}" '
+        f'style="width: 100%; height: {_REPORT_HEIGHT}px; border: 0"></iframe></div>'
     )
     display(HTML(frame))
 

