@@ -115,10 +115,11 @@ def _folders(platform: Platform, hardware: Hardware) -> list[Finding]:
 
 def _gpus(platform: Platform, hardware: Hardware) -> list[Finding]:
     if not hardware.gpu_names:
-        setting = platform.service.gpu_setting if platform.service else None
-        tpu = ", and medcot does not use this session's TPU" if platforms.has_tpu(os.environ) else ""
-        hint = f"there is no GPU{tpu}" if setting else None
-        return [Finding(name="GPU", value="none: training uses the CPU (small models only)", hint=hint, fix=setting)]
+        value = "none: training uses the CPU (small models only)"
+        if platform.service is None:
+            return [Finding(name="GPU", value=value)]
+        hint = platforms.no_gpu_sentence(os.environ)
+        return [Finding(name="GPU", value=value, hint=hint, fix=platform.service.gpu_setting)]
     import torch
 
     findings = []

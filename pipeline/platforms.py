@@ -1,7 +1,8 @@
 """Where medcot runs: Kaggle, Colab or a machine of one's own, and what follows from it.
 
-    python3 pipeline/platforms.py                 the service's name, or nothing on a machine of one's own
-    python3 pipeline/platforms.py require-index   exit 1 and one sentence when the service has packages out of reach
+    python3 pipeline/platforms.py           the service's name, or nothing on a machine of one's own
+    python3 pipeline/platforms.py check     a note when the service lends no GPU; exit 1 and one sentence when its
+                                            package index is out of reach
 
 The one place that knows these services' folders and limits; both change them without notice. Standard library alone,
 and nothing of ours: scripts/setup.sh asks it before anything is installed.
@@ -100,8 +101,20 @@ def service_named(name: str) -> Service | None:
     return _SERVICES.get(name)
 
 
-def has_tpu(environ: Mapping[str, str], root: Path = Path("/")) -> bool:
-    return any(name in environ for name in _TPU_VARIABLES) or (root / "dev/accel0").exists()
+def no_gpu_sentence(environ: Mapping[str, str], root: Path = Path("/")) -> str:
+    """What to say of a service's session without GPU; one with a TPU is told that it is of no use."""
+    tpu = any(name in environ for name in _TPU_VARIABLES) or (root / "dev/accel0").exists()
+    return "this session has no GPU" + (", and medcot does not use its TPU" if tpu else "")
+
+
+def driver_answers() -> bool:
+    """Whether there is an NVIDIA driver at work."""
+    import shutil  # here, because every command imports this module
+    import subprocess
+
+    if not shutil.which("nvidia-smi"):
+        return False
+    return subprocess.run(["nvidia-smi"], capture_output=True, check=False).returncode == 0
 
 
 def use_scratch(platform: Platform, environ: MutableMapping[str, str]) -> None:
@@ -155,7 +168,7 @@ def why_no_index(platform: Platform, environ: Mapping[str, str]) -> str | None:
     """
     if platform.service is None:
         return None
-    import socket  # here, because every command imports this module
+    import socket
     from urllib.parse import urlsplit
 
     index = urlsplit(environ.get("PIP_INDEX_URL") or _INDEX)
@@ -169,7 +182,9 @@ def why_no_index(platform: Platform, environ: Mapping[str, str]) -> str | None:
 
 def main(arguments: list[str]) -> int:
     platform = here()
-    if arguments == ["require-index"]:
+    if arguments == ["check"]:
+        if platform.service and not driver_answers():
+            print(f"setup: {no_gpu_sentence(os.environ)}: {platform.service.gpu_setting}", file=sys.stderr)
         reason = why_no_index(platform, os.environ)
         if reason:
             print(f"Error in setup: {reason}", file=sys.stderr)

@@ -3,7 +3,10 @@
 #
 #   scripts/resolve_gpu_requirements.sh                        the versions below
 #   scripts/resolve_gpu_requirements.sh 2.11.0 [2.12.1 ...]    others
-#   PYTHON_VERSIONS="3.12 3.13" UV_ARGUMENTS="--override file" scripts/resolve_gpu_requirements.sh
+#   PYTHON_VERSIONS="3.12 3.13" OVERRIDES=certifi scripts/resolve_gpu_requirements.sh
+#
+# OVERRIDES names packages whose declared versions do not count, where an index lags behind: Unsloth 2026.10.9 asks for a
+# certifi that a mirror may not have yet.
 #
 # Looked up on 2026-11-22, in stored copies that may be months old:
 #   Colab's GPU image: Python 3.12, torch 2.11.0+cu128 (github.com/googlecolab/backend-info, pip-freeze.gpu.txt of June 2026);
@@ -16,13 +19,14 @@ command -v uv >/dev/null || { echo "Error: uv is needed to resolve without insta
 [ $# -gt 0 ] || set -- 2.8.0 2.9.0 2.10.0 2.11.0
 failed=0
 pin=$(mktemp)
-trap 'rm -f "$pin"' EXIT
+overrides=$(mktemp)
+trap 'rm -f "$pin" "$overrides"' EXIT
+tr ' ' '\n' <<<"${OVERRIDES:-}" >"$overrides"
 for python in ${PYTHON_VERSIONS:-3.12}; do
     for torch in "$@"; do
         echo "torch==$torch" >"$pin"
-        # shellcheck disable=SC2086
         if resolved=$(uv pip compile --quiet --no-header --no-annotate --python-version "$python" \
-            --python-platform x86_64-manylinux_2_28 --constraint "$pin" ${UV_ARGUMENTS:-} "$root/requirements-gpu.txt" 2>&1); then
+            --python-platform x86_64-manylinux_2_28 --constraint "$pin" --override "$overrides" "$root/requirements-gpu.txt" 2>&1); then
             beside=$(grep -E '^(numpy|torchao|torchvision|triton|xformers)==' <<<"$resolved" | paste -sd ' ')
             echo "ok      Python $python, torch $torch: $(grep -c == <<<"$resolved") packages, $beside"
         else

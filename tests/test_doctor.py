@@ -89,10 +89,10 @@ def test_a_session_without_gpu_is_told_the_setting_and_a_tpu_that_it_is_not_used
 ) -> None:
     bare = replace(MACHINES["kaggle-t4"], gpu_names=(), gpu_memory_bytes=0, gpu_capability=None)
     [gpu] = doctor._gpus(KAGGLE, bare)
-    assert gpu.hint == "there is no GPU" and gpu.fix == platforms.KAGGLE.gpu_setting and gpu.problem is None
+    assert gpu.hint == "this session has no GPU" and gpu.fix == platforms.KAGGLE.gpu_setting and gpu.problem is None
     monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5e-8")
     [gpu] = doctor._gpus(KAGGLE, bare)
-    assert gpu.hint == "there is no GPU, and medcot does not use this session's TPU"
+    assert gpu.hint == "this session has no GPU, and medcot does not use its TPU"
     [at_home] = doctor._gpus(HOME, bare)
     assert at_home.hint is None
 

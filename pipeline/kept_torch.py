@@ -1,7 +1,9 @@
 """The PyTorch that a machine brings stays as it is: asked by scripts/setup.sh before and after pip.
 
-    python scripts/kept_torch.py pin >pins.txt      what is installed, as constraints for pip
-    python scripts/kept_torch.py check pins.txt     exit 1 and one sentence when pip has changed it or CUDA is silent
+    python -m pipeline.kept_torch pin >pins.txt     what is installed, as constraints for pip
+    python -m pipeline.kept_torch check pins.txt    exit 1 and one sentence when pip has changed it or CUDA is silent
+
+Standard library and ``pipeline/platforms.py`` alone: nothing else is installed before pip.
 
 A service's PyTorch fits its driver; another one from the index may not see the GPU at all.
 """
@@ -9,10 +11,10 @@ A service's PyTorch fits its driver; another one from the index may not see the 
 from __future__ import annotations
 
 import importlib.metadata
-import shutil
-import subprocess
 import sys
 from pathlib import Path
+
+from pipeline.platforms import driver_answers
 
 # torchvision and torchaudio are compiled against one version of torch; torch itself pins its CUDA libraries and Triton.
 PACKAGES = ("torch", "torchvision", "torchaudio")
@@ -44,7 +46,7 @@ def what_changed(wanted: list[str]) -> str | None:
 
 def why_no_cuda() -> str | None:
     """One sentence when there is a GPU and PyTorch cannot compute on it."""
-    if not shutil.which("nvidia-smi") or subprocess.run(["nvidia-smi"], capture_output=True, check=False).returncode:
+    if not driver_answers():
         return None
     import torch
 
