@@ -52,6 +52,8 @@ def kept_copy(
         try:
             copy_finished(run_dir, copy)
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and not ended.is_set():
+                return  # the run has replaced something meanwhile; the next copy has what takes its place
             announce(f"keep: {error.filename or copy} cannot be copied to {copy} ({error.strerror or error})")
 
     def copy_on_the_way() -> None:
