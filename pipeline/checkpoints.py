@@ -74,7 +74,7 @@ def whole(checkpoint: Path) -> TrainingProgress | None:
 
 def latest_whole(folder: Path) -> tuple[Path, TrainingProgress] | None:
     """The most recent checkpoint whose files all match its seal."""
-    for checkpoint in _newest_first(folder):
+    for checkpoint in newest_first(folder):
         progress = whole(checkpoint)
         if progress is not None:
             return checkpoint, progress
@@ -83,14 +83,14 @@ def latest_whole(folder: Path) -> tuple[Path, TrainingProgress] | None:
 
 def remove_after(folder: Path, step: int) -> None:
     """Remove the torn checkpoints of later steps: the trainer would write into them."""
-    for checkpoint in _newest_first(folder):
+    for checkpoint in newest_first(folder):
         if _step(checkpoint) > step:
             shutil.rmtree(checkpoint)
 
 
 def prune(folder: Path, best_step: int | None) -> None:
     """Keep the newest checkpoints and the best one. To be called when the newest is sealed."""
-    for checkpoint in _newest_first(folder)[KEPT:]:
+    for checkpoint in newest_first(folder)[KEPT:]:
         if _step(checkpoint) != best_step:
             shutil.rmtree(checkpoint)
 
@@ -116,7 +116,8 @@ def disk_errors_told(what: str, folder: Path, last_step: int) -> Iterator[None]:
         ) from error
 
 
-def _newest_first(folder: Path) -> list[Path]:
+def newest_first(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, whole or not."""
     return sorted(folder.glob("checkpoint-*"), key=_step, reverse=True)
 
 

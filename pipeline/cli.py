@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from pipeline import __version__
+from pipeline import __version__, platforms
 from pipeline.errors import MedcotError
 
 if TYPE_CHECKING:
@@ -46,6 +46,12 @@ def cli(debug: bool) -> None:
 @click.argument("config", required=False)
 @set_option
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Folder of the run [default: runs/<name>].")
+@click.option(
+    "--keep",
+    type=click.Path(path_type=Path),
+    help="Copy what is finished into this folder too, and go on from there on another machine "
+    "[default: Google Drive, where Colab has it mounted].",
+)
 @click.option("--only", type=STAGE, help="Run this stage alone; what it needs must be there.")
 @click.option("--until", type=STAGE, help="Stop after this stage.")
 @click.option("--force", type=STAGE, multiple=True, help="Make this stage again even if it is up to date.")
@@ -55,6 +61,7 @@ def run(
     config: str | None,
     overrides: tuple[str, ...],
     run_dir: Path | None,
+    keep: Path | None,
     only: str | None,
     until: str | None,
     force: tuple[str, ...],
@@ -74,9 +81,13 @@ def run(
     if only and until:
         raise click.UsageError("--only and --until exclude each other.")
     resolved = load_config(config, overrides)
+    platform = platforms.here()
+    if platform.to_keep and not (run_dir or keep) and is_first():
+        click.echo(f"Note: nothing that this run makes is kept: {platform.to_keep}.", err=True)
     outcome = run_stages(
         resolved,
-        run_dir or Path("runs") / resolved.name,
+        run_dir or platform.runs / resolved.name,
+        keep=keep or platform.kept,
         only=only,
         until=until,
         force=force,
@@ -111,7 +122,7 @@ def plan(
 
     resolved = load_config(config, overrides)
     elsewhere = None if machine is None else machine_named(machine)
-    made = make_plan(resolved, run_dir or Path("runs") / resolved.name, elsewhere)
+    made = make_plan(resolved, run_dir or platforms.here().runs / resolved.name, elsewhere)
     if as_json:
         _print_json(made.model_dump(mode="json"))
     else:
@@ -604,6 +615,8 @@ def space(folder: Path, gguf: Path, base: Path | None, as_json: bool, **settings
 def doctor(as_json: bool) -> None:
     """Show what this machine has and what is missing, with the command that fixes it.
 
+    Exit 1 when something is missing that `medcot run` or `medcot chat` needs here; hints alone leave 0.
+
     Example: medcot doctor
     """
     from pipeline.doctor import examine, print_findings
@@ -623,6 +636,7 @@ def main() -> None:
 
     quiet_libraries()
     try:
+        platforms.use_scratch(platforms.here(), os.environ)
         cli.main(standalone_mode=False)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)

@@ -3,52 +3,74 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from pipeline import platforms
 from pipeline.base_model import cache_dir
-from pipeline.hardware import GIBIBYTE, compute_dtype, detect
+from pipeline.hardware import GIBIBYTE, Hardware, compute_dtype, detect, has_kernels
+from pipeline.platforms import Platform
 
 TRAINING_PACKAGES = ("torch", "unsloth", "transformers", "trl", "peft", "bitsandbytes", "datasets", "gguf")
 CHAT_PACKAGES = ("llama-cpp-python", "jinja2", "rich")
-_LLAMA_PROBE = "import llama_cpp; llama_cpp.llama_backend_init(); print(llama_cpp.llama_print_system_info().decode())"
+_LLAMA_PROBE = (
+    "import llama_cpp; llama_cpp.llama_backend_init(); print(llama_cpp.llama_supports_gpu_offload());"
+    "print(llama_cpp.llama_print_system_info().decode())"
+)
+_LLAMA_AGAIN = "pip install --no-deps --force-reinstall --no-cache-dir llama-cpp-python"
+_SECONDS_TO_ANSWER = 3
+# scripts/setup.sh keeps the PyTorch that is there; a bare pip install may not.
+_BESIDE_TORCH = f"bash {Path(__file__).resolve().parent.parent / 'scripts' / 'setup.sh'}"
 
 
 class Finding(BaseModel):
-    """One line of the examination; ``problem`` says what is wrong and ``fix`` which command mends it."""
+    """One line of the examination.
+
+    ``problem`` says what is missing of what a command needs, ``hint`` what would be better; ``fix`` is the command or
+    the setting for either.
+    """
 
     model_config = ConfigDict(frozen=True)
     name: str
     value: str
     problem: str | None = None
+    hint: str | None = None
     fix: str | None = None
 
 
 def examine() -> list[Finding]:
-    hardware = detect(Path.cwd())
+    platform = platforms.here()
+    hardware = detect(platform.runs, cache_dir())
     dtype = compute_dtype("auto", hardware)
-    gpu = ", ".join(hardware.gpu_names) or "none: training uses the CPU (small models only)"
-    findings = [
-        Finding(name="platform", value=f"{hardware.platform}, Python {sys.version.split()[0]}"),
+    beside_torch = platform.service is not None or bool(hardware.gpu_names)
+    training_fix = _BESIDE_TORCH if beside_torch else "pip install --no-deps -r requirements-cpu.txt"
+    chat_fix = _BESIDE_TORCH if beside_torch else "pip install -r requirements-chat.txt"
+    llama = _llama_cpp(hardware)
+    return [
+        Finding(name="platform", value=f"{platform.name}, Python {sys.version.split()[0]}"),
+        *_session(platform),
         Finding(name="processor", value=f"{hardware.cpu}, {hardware.cores} cores"),
         Finding(
             name="memory",
             value=f"{hardware.memory_bytes / GIBIBYTE:.1f} GiB, {hardware.available_memory_bytes / GIBIBYTE:.1f} free",
         ),
-        Finding(name="disk", value=f"{hardware.free_disk_bytes / GIBIBYTE:.1f} GiB free in {Path.cwd()}"),
-        Finding(name="GPU", value=gpu),
+        *_folders(platform, hardware),
+        *_gpus(platform, hardware),
+        _driver(hardware),
         Finding(name="computation", value=f"{dtype.value}: {dtype.reason}"),
-        Finding(name="cache", value=str(cache_dir())),
+        _hub(platform),
+        _hub_token(),
+        *(_package(name, training_fix) for name in TRAINING_PACKAGES),
+        *(_package(name, chat_fix) for name in CHAT_PACKAGES),
+        _compiler(built=llama.problem is None),
+        llama,
     ]
-    requirements = "requirements-gpu.txt" if hardware.gpu_names else "requirements-cpu.txt"
-    no_deps = "" if hardware.gpu_names else "--no-deps "
-    findings += [_package(name, f"pip install {no_deps}-r {requirements}") for name in TRAINING_PACKAGES]
-    findings += [_package(name, "pip install -r requirements-chat.txt") for name in CHAT_PACKAGES]
-    findings.append(_llama_cpp())
-    return findings
 
 
 def print_findings(findings: list[Finding]) -> None:
@@ -56,11 +78,135 @@ def print_findings(findings: list[Finding]) -> None:
 
     console = Console(highlight=False)
     for finding in findings:
-        mark = "[red]missing[/red]" if finding.problem else "[green]ok[/green]     "
+        mark = "[green]ok[/green]     "
+        if finding.problem:
+            mark = "[red]missing[/red]"
+        elif finding.hint:
+            mark = "[yellow]hint[/yellow]   "
         console.print(f"{mark} {finding.name:18}", end="")
         console.print(finding.value, markup=False, soft_wrap=True)
-        if finding.problem:
-            console.print(f"        {finding.problem}. Fix: {finding.fix}", markup=False, soft_wrap=True)
+        if said := finding.problem or finding.hint:
+            fix = f" Fix: {finding.fix}" if finding.fix else ""
+            console.print(f"        {said}.{fix}", markup=False, soft_wrap=True)
+
+
+def _session(platform: Platform) -> list[Finding]:
+    if platform.service is None:
+        return []
+    return [Finding(name="session", value=platform.service.limits)]
+
+
+def _folders(platform: Platform, hardware: Hardware) -> list[Finding]:
+    """Where runs and downloads go, the room there, and what becomes of it."""
+    runs = Path.cwd() / platform.runs
+    free = f"{hardware.free_disk_bytes / GIBIBYTE:.1f} GiB free"
+    cache, room = cache_dir(), hardware.cache_disk_bytes / GIBIBYTE
+    hub = os.environ.get("HF_HUB_CACHE") or os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    return [
+        Finding(
+            name="runs",
+            value=f"{runs}, {free}; {platform.persistence}",
+            hint=platform.to_keep and "nothing is kept",
+            fix=platform.to_keep,
+        ),
+        Finding(name="cache", value=f"{cache}, {room:.1f} GiB free; the hub's downloads: {hub}"),
+    ]
+
+
+def _gpus(platform: Platform, hardware: Hardware) -> list[Finding]:
+    if not hardware.gpu_names:
+        value = "none: training uses the CPU (small models only)"
+        if platform.service is None:
+            return [Finding(name="GPU", value=value)]
+        hint = platforms.no_gpu_sentence(os.environ)
+        return [Finding(name="GPU", value=value, hint=hint, fix=platform.service.gpu_setting)]
+    import torch
+
+    findings = []
+    for index, name in enumerate(hardware.gpu_names):
+        memory = torch.cuda.get_device_properties(index).total_memory / GIBIBYTE
+        major, minor = torch.cuda.get_device_capability(index)
+        fits = has_kernels((major, minor), hardware.gpu_architectures)
+        built = ", ".join(hardware.gpu_architectures)
+        findings.append(
+            Finding(
+                name=f"GPU {index}",
+                value=f"{name}, {memory:.1f} GiB, compute capability {major}.{minor}",
+                problem=None if fits else f"this PyTorch has kernels for {built} alone",
+                fix=None if fits else (platform.service or platforms.KAGGLE).gpu_setting,
+            )
+        )
+    return findings
+
+
+def _driver(hardware: Hardware) -> Finding:
+    """The driver's CUDA beside PyTorch's: a PyTorch built for a newer CUDA than the driver's sees no GPU."""
+    driver = driver_versions()
+    if driver is None:
+        return Finding(name="CUDA", value="no NVIDIA driver answers")
+    version, newest = driver
+    value = f"driver {version}, for CUDA up to {newest}"
+    try:
+        import torch
+    except ImportError:
+        return Finding(name="CUDA", value=value, problem="PyTorch does not import", fix=_BESIDE_TORCH)
+    value += f"; PyTorch {torch.__version__} is built for CUDA {torch.version.cuda or 'none'}"
+    if hardware.gpu_names:
+        return Finding(name="CUDA", value=value)
+    index = "https://download.pytorch.org/whl/cu" + "".join(newest.split(".")[:2])
+    if torch.version.cuda is None:
+        problem = "there is a GPU, and this PyTorch is a CPU build"
+    else:
+        problem = f"PyTorch does not see the GPU: its CUDA {torch.version.cuda} may be newer than the driver"
+    return Finding(
+        name="CUDA", value=value, problem=problem, fix=f"pip install --force-reinstall torch --index-url {index}"
+    )
+
+
+def driver_versions() -> tuple[str, str] | None:
+    """The NVIDIA driver's version and the newest CUDA it runs, as nvidia-smi's heading tells; None without one."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    told = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False)
+    driver = re.search(r"Driver Version:\s*([\d.]+)", told.stdout)
+    cuda = re.search(r"CUDA (?:UMD )?Version:\s*([\d.]+)", told.stdout)
+    return (driver[1], cuda[1]) if told.returncode == 0 and driver and cuda else None
+
+
+def _hub(platform: Platform) -> Finding:
+    """Whether the hub answers; it is not asked where it must not be."""
+    import urllib.error
+    import urllib.request
+
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return Finding(name="hub", value=f"{endpoint} is not asked: HF_HUB_OFFLINE is set")
+    try:
+        request = urllib.request.Request(f"{endpoint}/", method="HEAD")
+        with urllib.request.urlopen(request, timeout=_SECONDS_TO_ANSWER):
+            pass
+    except urllib.error.HTTPError:
+        pass  # it answers, if not with a page
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        return Finding(
+            name="hub",
+            value=f"{endpoint} does not answer ({reason})",
+            hint="models and data sets on the hub cannot be fetched; the default preset needs none",
+            fix=platform.service.internet_setting if platform.service else "connect, or set HF_ENDPOINT to a mirror",
+        )
+    return Finding(name="hub", value=f"{endpoint} answers")
+
+
+def _hub_token() -> Finding:
+    """Whether there is one; it is never shown."""
+    try:
+        from huggingface_hub import get_token
+    except ImportError:
+        return Finding(name="hub token", value="not known: huggingface_hub is not installed")
+    if get_token():
+        return Finding(name="hub token", value="is there")
+    return Finding(name="hub token", value="none: only private and gated models and `medcot publish` need one")
 
 
 def _package(name: str, fix: str) -> Finding:
@@ -70,14 +216,32 @@ def _package(name: str, fix: str) -> Finding:
         return Finding(name=name, value="-", problem=f"{name} is not installed", fix=fix)
 
 
-def _llama_cpp() -> Finding:
+def _compiler(built: bool) -> Finding:
+    """What llama-cpp-python is compiled with; once it is built, nothing needs it."""
+    found = [shutil.which(os.environ.get(variable, usual)) for variable, usual in (("CC", "cc"), ("CXX", "c++"))]
+    value = ", ".join(filter(None, found)) or "none"
+    if all(found) or built:
+        return Finding(name="compiler", value=value)
+    missing = "no C and C++ compiler is there to build llama-cpp-python"
+    return Finding(name="compiler", value=value, problem=missing, fix="apt-get install -y gcc g++")
+
+
+def _llama_cpp(hardware: Hardware) -> Finding:
     """Whether the compiled library loads on this processor, asked in a child process: a wrong build kills it."""
     outcome = subprocess.run([sys.executable, "-c", _LLAMA_PROBE], capture_output=True, text=True, check=False)
-    if outcome.returncode == 0:
-        return Finding(name="llama.cpp build", value=outcome.stdout.strip().rstrip("| "))
+    if outcome.returncode != 0:
+        return Finding(
+            name="llama.cpp build",
+            value="-",
+            problem=f"llama-cpp-python does not load (exit status {outcome.returncode})",
+            fix=_LLAMA_AGAIN,
+        )
+    offloads, _, system = outcome.stdout.partition("\n")
+    on_gpu = offloads == "True"
+    hint = "GGUFs run on the CPU beside this GPU" if hardware.gpu_names and not on_gpu else None
     return Finding(
         name="llama.cpp build",
-        value="-",
-        problem=f"llama-cpp-python does not load (exit status {outcome.returncode})",
-        fix="pip install --no-deps --force-reinstall --no-cache-dir llama-cpp-python",
+        value=f"{'with' if on_gpu else 'without'} GPU offload; {system.strip().rstrip('| ')}",
+        hint=hint,
+        fix=f'CMAKE_ARGS="-DGGML_CUDA=on -DLLAVA_BUILD=OFF" {_LLAMA_AGAIN}' if hint else None,
     )

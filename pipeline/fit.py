@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pipeline.choices import largest_batch
 from pipeline.config import Config
 from pipeline.estimate import UNQUANTIZED, Estimator, StageEstimate, Workload
-from pipeline.hardware import GIBIBYTE, Hardware
-from pipeline.machines import quota
+from pipeline.hardware import GIBIBYTE, Hardware, has_kernels
+from pipeline.platforms import KAGGLE, service_named
 from pipeline.survey import Survey
 
 _OLDEST_CAPABILITY = (7, 0)  # Unsloth's kernels need tensor cores (docs.unsloth.ai, system requirements)
@@ -18,7 +18,12 @@ _TIGHT = 0.85  # an estimate this near to what is there is told: it can be off b
 def notes(hardware: Hardware, survey: Survey, estimates: Sequence[StageEstimate]) -> list[str]:
     """What does not stop a run and is worth knowing before it."""
     judged = [] if survey.complete else [f"judged by the first {survey.read:,} records; there are more"]
-    return [*judged, *_time_notes(hardware, estimates), *_tight_notes(hardware, estimates)]
+    return [
+        *judged,
+        *_no_gpu_notes(hardware, estimates),
+        *_time_notes(hardware, estimates),
+        *_tight_notes(hardware, estimates),
+    ]
 
 
 def problems(
@@ -38,15 +43,22 @@ def problems(
     ]
 
 
+def _no_gpu_notes(hardware: Hardware, estimates: Sequence[StageEstimate]) -> list[str]:
+    service = service_named(hardware.platform)
+    if service is None or hardware.gpu_names or not _trains(estimates):
+        return []
+    return [f"this session has no GPU: {service.gpu_setting}"]
+
+
 def _time_notes(hardware: Hardware, estimates: Sequence[StageEstimate]) -> list[str]:
     notes = []
     if any(each.seconds is None for each in estimates):
         notes.append(f"no time is given for training: the speed of {hardware.gpu_names[0]} is not known to medcot")
-    limit = quota(hardware.platform)
+    limit = service_named(hardware.platform)
     total = sum(each.seconds or 0 for each in estimates)
     if limit is None:
         return notes
-    notes.append(limit.note)
+    notes.append(limit.limits)
     if total > limit.session_hours * 3600:
         slowest = max(estimates, key=lambda each: each.seconds or 0)
         advice = {
@@ -87,13 +99,20 @@ def _data_problems(config: Config, survey: Survey, work: Workload) -> list[str]:
 
 def _hardware_problems(hardware: Hardware, estimates: Sequence[StageEstimate]) -> list[str]:
     capability = hardware.gpu_capability
-    trains = any(each.stage == "train" for each in estimates)
-    if capability is None or capability >= _OLDEST_CAPABILITY or not trains:
+    if capability is None or not _trains(estimates):
         return []
-    return [
-        f"{hardware.gpu_names[0]} has compute capability {capability[0]}.{capability[1]} and Unsloth needs 7.0: "
-        "choose a T4 (on Kaggle: Settings, Accelerator, GPU T4 x2)"
-    ]
+    advice = (service_named(hardware.platform) or KAGGLE).gpu_setting
+    which = f"{hardware.gpu_names[0]} has compute capability {capability[0]}.{capability[1]}"
+    if capability < _OLDEST_CAPABILITY:
+        return [f"{which} and Unsloth needs 7.0: {advice}"]
+    if not has_kernels(capability, hardware.gpu_architectures):
+        built = ", ".join(hardware.gpu_architectures)
+        return [f"{which} and this PyTorch has kernels for {built} alone: {advice}, or install a PyTorch for it"]
+    return []
+
+
+def _trains(estimates: Sequence[StageEstimate]) -> bool:
+    return any(each.stage == "train" for each in estimates)
 
 
 def _memory_problems(

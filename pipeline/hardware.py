@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from pipeline import platforms
 
 MEBIBYTE = 2**20
 GIBIBYTE = 2**30
@@ -27,7 +30,8 @@ class Hardware:
     """Sizes in bytes; ``gpu_names`` is empty on a machine without a usable GPU.
 
     ``free_disk_bytes`` is what is free for the run, ``cache_disk_bytes`` what is free for downloads; ``one_disk``
-    says that both are the same space.
+    says that both are the same space; ``gpu_architectures`` are those that the installed PyTorch has kernels for, such
+    as sm_75 (empty where that is not known).
     """
 
     cpu: str
@@ -41,6 +45,7 @@ class Hardware:
     gpu_memory_bytes: int
     gpu_capability: tuple[int, int] | None
     platform: str
+    gpu_architectures: tuple[str, ...] = ()
 
     @property
     def device(self) -> str:
@@ -57,6 +62,7 @@ def detect(folder: Path, cache: Path | None = None) -> Hardware:
     names: tuple[str, ...] = ()
     gpu_memory = 0
     capability = None
+    architectures: tuple[str, ...] = ()
     if may_have_gpu():
         import torch
 
@@ -65,6 +71,7 @@ def detect(folder: Path, cache: Path | None = None) -> Hardware:
             names = tuple(torch.cuda.get_device_name(index) for index in range(count))
             gpu_memory = torch.cuda.get_device_properties(0).total_memory
             capability = torch.cuda.get_device_capability(0)
+            architectures = tuple(torch.cuda.get_arch_list())
     return Hardware(
         cpu=cpu_name(),
         cores=usable_cores(),
@@ -76,7 +83,8 @@ def detect(folder: Path, cache: Path | None = None) -> Hardware:
         gpu_names=names,
         gpu_memory_bytes=gpu_memory,
         gpu_capability=capability,
-        platform=_platform(),
+        platform=platforms.here().name,
+        gpu_architectures=architectures,
     )
 
 
@@ -121,6 +129,27 @@ def compute_dtype(requested: str, hardware: Hardware) -> Choice:
     return Choice("float16", f"{hardware.gpu_names[0]} has no bfloat16 (compute capability below 8.0)")
 
 
+def has_kernels(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
+    """Whether a PyTorch built for these architectures computes on such a GPU; True where they are not known.
+
+    Machine code (sm_75) runs on its own major version from its minor version on, portable code (compute_90) on
+    everything newer: https://docs.nvidia.com/cuda/cuda-c-programming-guide/#application-compatibility
+    """
+    if not architectures:
+        return True
+    for name in architectures:
+        kind, _, number = name.partition("_")
+        digits = "".join(filter(str.isdigit, number))
+        if not digits:
+            continue
+        built = (int(digits[:-1]), int(digits[-1]))
+        if kind == "compute" and built <= capability:
+            return True
+        if kind == "sm" and built[0] == capability[0] and built <= capability:
+            return True
+    return False
+
+
 def may_have_gpu() -> bool:
     """Whether there is a driver; importing torch takes seconds, so it is only asked where there is."""
     return Path("/proc/driver/nvidia").exists() or Path("/dev/nvidiactl").exists() or bool(shutil.which("nvidia-smi"))
@@ -134,11 +163,3 @@ def _cpu_flags() -> set[str]:
     except OSError:
         pass
     return set()
-
-
-def _platform() -> str:
-    if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
-        return "Kaggle"
-    if "COLAB_RELEASE_TAG" in os.environ or Path("/content/sample_data").is_dir():
-        return "Colab"
-    return f"{platform.system()} {platform.machine()}"

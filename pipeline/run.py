@@ -43,6 +43,7 @@ from pipeline.config import Config, load_config
 from pipeline.errors import GateFailed, MedcotError
 from pipeline.failure import FILE_VARIABLE, write_failure
 from pipeline.file_lock import try_lock
+from pipeline.kept_copy import kept_copy
 from pipeline.processes import PARENT_VARIABLE, ended_by_signal, with_our_packages
 from pipeline.sources import source_identity
 
@@ -204,9 +205,10 @@ def run(
     until: str | None = None,
     force: Sequence[str] = (),
     plan_first: bool = True,
+    keep: Path | None = None,
     announce: Callable[[str], None] = lambda text: None,
 ) -> RunOutcome:
-    """Bring the run in ``run_dir`` up to date and say what was done.
+    """Bring the run in ``run_dir`` up to date and say what was done; ``keep`` gets a copy that outlives the machine.
 
     Before the first stage that has work to do comes the plan: a run that cannot fit is not begun.
     Raises MedcotError when a stage fails or cannot fit; finished artifacts stay. When a gate fails (exit status 3) the
@@ -222,7 +224,7 @@ def run(
         # The first process has the run's folder to itself; its training tells the others what to do.
         _run_in_process(chosen[0], run_dir)
         return RunOutcome(run_dir, [])
-    with locked(run_dir):
+    with locked(run_dir), kept_copy(run_dir, keep, announce):
         write_text(run_dir / CONFIG_NAME, config.to_yaml())
         outcomes: list[StageOutcome] = []
         planned = not plan_first

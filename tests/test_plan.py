@@ -122,6 +122,23 @@ def test_a_full_disk_is_known_before(base: Path) -> None:
     assert any("the run with its downloads takes about" in problem for problem in plan.problems)
 
 
+def test_a_session_without_gpu_is_told_where_to_get_one(base: Path) -> None:
+    bare = replace(MACHINES["colab-t4"], gpu_names=(), gpu_memory_bytes=0, gpu_capability=None)
+    assert (
+        "this session has no GPU: choose a T4 (on Colab: Runtime, Change runtime type, T4 GPU)"
+        in plan_for(base, bare).notes
+    )
+
+
+def test_a_gpu_that_this_pytorch_has_no_kernels_for_is_a_problem(base: Path) -> None:
+    volta = replace(MACHINES["kaggle-t4"], gpu_names=("Tesla V100",), gpu_capability=(7, 0))
+    assert plan_for(base, volta).problems == []
+    [problem] = plan_for(base, replace(volta, gpu_architectures=("sm_75", "sm_80"))).problems
+    assert problem.startswith(
+        "Tesla V100 has compute capability 7.0 and this PyTorch has kernels for sm_75, sm_80 alone"
+    )
+
+
 def test_two_gpus_are_told(base: Path) -> None:
     plan = plan_for(base, MACHINES["kaggle-t4x2"], "training.batch_size=2")
     assert "2 of 2 GPUs train, a process each" in plan.choices[0].reason

@@ -1,0 +1,197 @@
+"""Where medcot runs: Kaggle, Colab or a machine of one's own, and what follows from it.
+
+    python3 pipeline/platforms.py           the service's name, or nothing on a machine of one's own
+    python3 pipeline/platforms.py check     a note when the service lends no GPU; exit 1 and one sentence when its
+                                            package index is out of reach
+
+The one place that knows these services' folders and limits; both change them without notice. Standard library alone,
+and nothing of ours: scripts/setup.sh asks it before anything is installed.
+
+Sources: https://www.kaggle.com/docs/notebooks, the image of both (https://github.com/googlecolab/backend-info,
+https://github.com/Kaggle/docker-python, which builds on Colab's), and what the machines report of themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+
+# A TPU's environment names it in one of these.
+_TPU_VARIABLES = ("TPU_ACCELERATOR_TYPE", "TPU_NAME", "TPU_WORKER_ID", "COLAB_TPU_ADDR")
+_INDEX = "https://pypi.org/simple"
+_SECONDS_TO_ANSWER = 5
+_MOUNT_DRIVE = (
+    "before the run mount Google Drive (from google.colab import drive; drive.mount('/content/drive')), or after it "
+    "upload what it made (medcot publish)"
+)
+
+
+@dataclass(frozen=True)
+class Service:
+    """A service that lends machines: what it takes away again, and where its settings are."""
+
+    name: str
+    session_hours: float
+    limits: str
+    gpu_setting: str
+    internet_setting: str
+
+
+KAGGLE = Service(
+    name="Kaggle",
+    session_hours=12,
+    limits="Kaggle ends a session after 12 hours and keeps 19.5 GiB of /kaggle/working",
+    gpu_setting="choose a T4 (on Kaggle: Settings, Accelerator, GPU T4 x2)",
+    internet_setting="switch it on (on Kaggle: Settings, Turn on internet; the account needs a verified phone number)",
+)
+COLAB = Service(
+    name="Colab",
+    session_hours=12,
+    limits="free Colab ends a session after at most 12 hours, often earlier, and keeps nothing",
+    gpu_setting="choose a T4 (on Colab: Runtime, Change runtime type, T4 GPU)",
+    internet_setting="Colab's machines always have it: try again",
+)
+_SERVICES = {service.name: service for service in (KAGGLE, COLAB)}
+
+
+@dataclass(frozen=True)
+class Platform:
+    """What this machine is and where its room is.
+
+    ``runs`` holds a folder for each run and ``persistence`` says what becomes of it; ``kept`` is where copies outlive
+    the machine (None: nowhere, or no need), ``to_keep`` what to do where nothing would be kept; ``scratch`` is where
+    downloads and temporary files go (None: where they always go). A ``service`` brings its own PyTorch: packages go
+    beside that, into no virtual environment.
+    """
+
+    name: str
+    service: Service | None
+    runs: Path
+    persistence: str
+    kept: Path | None = None
+    to_keep: str | None = None
+    scratch: Path | None = None
+
+
+def detect(environ: Mapping[str, str], root: Path = Path("/")) -> Platform:
+    """The platform of a machine with this environment and file system."""
+    # Kaggle first: its image is built on Colab's and may carry Colab's variables.
+    if "KAGGLE_KERNEL_RUN_TYPE" in environ or (root / "kaggle/working").is_dir():
+        return _kaggle(environ, root)
+    if "COLAB_RELEASE_TAG" in environ or (root / "content/sample_data").is_dir():
+        return _colab(environ, root)
+    return Platform(
+        name=f"{platform.system()} {platform.machine()}",
+        service=None,
+        runs=Path(environ.get("MEDCOT_RUNS") or "runs"),
+        persistence="stays on this machine",
+    )
+
+
+def here() -> Platform:
+    return detect(os.environ)
+
+
+def service_named(name: str) -> Service | None:
+    """The service of that name; None for a machine of one's own."""
+    return _SERVICES.get(name)
+
+
+def no_gpu_sentence(environ: Mapping[str, str], root: Path = Path("/")) -> str:
+    """What to say of a service's session without GPU; one with a TPU is told that it is of no use."""
+    tpu = any(name in environ for name in _TPU_VARIABLES) or (root / "dev/accel0").exists()
+    return "this session has no GPU" + (", and medcot does not use its TPU" if tpu else "")
+
+
+def driver_answers() -> bool:
+    """Whether there is an NVIDIA driver at work."""
+    import shutil  # here, because every command imports this module
+    import subprocess
+
+    if not shutil.which("nvidia-smi"):
+        return False
+    return subprocess.run(["nvidia-smi"], capture_output=True, check=False).returncode == 0
+
+
+def use_scratch(platform: Platform, environ: MutableMapping[str, str]) -> None:
+    """Send downloads and temporary files to the platform's scratch folder; what the user has set stays.
+
+    HF_HOME is left alone, because the hub's token lies in it; where the user has set it, his caches stay in it too.
+    """
+    if platform.scratch is None:
+        return
+    places = {"MEDCOT_CACHE": "medcot", "TMPDIR": "tmp"}
+    if "HF_HOME" not in environ:
+        places |= {"HF_HUB_CACHE": "hub", "HF_XET_CACHE": "xet", "HF_DATASETS_CACHE": "datasets"}
+    for variable, name in places.items():
+        if variable not in environ:
+            folder = platform.scratch / name
+            folder.mkdir(parents=True, exist_ok=True)
+            environ[variable] = str(folder)
+
+
+def _kaggle(environ: Mapping[str, str], root: Path) -> Platform:
+    # Only /kaggle/working is kept, and only 19.5 GiB of it; outside it some 60 GiB more are free.
+    temp = root / "kaggle/temp"
+    writable = os.access(temp if temp.is_dir() else temp.parent, os.W_OK)
+    return Platform(
+        name=KAGGLE.name,
+        service=KAGGLE,
+        runs=Path(environ.get("MEDCOT_RUNS") or root / "kaggle/working/runs"),
+        persistence="kept as the output of Save Version; of an interactive session only with Settings, Persistence, "
+        "Files only",
+        scratch=temp if writable else root / "tmp/medcot",
+    )
+
+
+def _colab(environ: Mapping[str, str], root: Path) -> Platform:
+    drive = root / "content/drive/MyDrive"
+    mounted = drive.is_dir()
+    return Platform(
+        name=COLAB.name,
+        service=COLAB,
+        runs=Path(environ.get("MEDCOT_RUNS") or root / "content/runs"),
+        persistence="lost with the machine" + (f", but copied to {drive / 'medcot'} on the way" if mounted else ""),
+        kept=drive / "medcot" if mounted else None,
+        to_keep=None if mounted else _MOUNT_DRIVE,
+    )
+
+
+def why_no_index(platform: Platform, environ: Mapping[str, str]) -> str | None:
+    """One sentence when a service's machine cannot reach its package index; None when it can, or is no service's.
+
+    pip would try for a minute and then tell in thirty lines.
+    """
+    if platform.service is None:
+        return None
+    import socket
+    from urllib.parse import urlsplit
+
+    index = urlsplit(environ.get("PIP_INDEX_URL") or _INDEX)
+    host, port = index.hostname or "", index.port or (80 if index.scheme == "http" else 443)
+    try:
+        socket.create_connection((host, port), _SECONDS_TO_ANSWER).close()
+    except OSError:
+        return f"{host} cannot be reached, this notebook has no internet: {platform.service.internet_setting}."
+    return None
+
+
+def main(arguments: list[str]) -> int:
+    platform = here()
+    if arguments == ["check"]:
+        if platform.service and not driver_answers():
+            print(f"setup: {no_gpu_sentence(os.environ)}: {platform.service.gpu_setting}", file=sys.stderr)
+        reason = why_no_index(platform, os.environ)
+        if reason:
+            print(f"Error in setup: {reason}", file=sys.stderr)
+        return 1 if reason else 0
+    print(platform.service.name if platform.service else "")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
