@@ -26,10 +26,6 @@ _CONFLICTS = (409, 412)
 Result = TypeVar("Result")
 
 
-class Unreachable(MedcotError):
-    """No answer from the hub."""
-
-
 class Doubtful(MedcotError):
     """A commit of which it is not known whether it was made, or that another one came before."""
 
@@ -214,16 +210,18 @@ def _plain_lfs() -> Iterator[None]:
 
 def _explained(name: str, error: Exception) -> Exception:
     """The error as a sentence for people; one that is no matter of the hub stays what it is."""
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, httpx.TransportError | HfHubHTTPError | OfflineModeIsEnabled):
         cause = cause.__cause__  # the library wraps what happens to a large file in a RuntimeError
     if isinstance(cause, OfflineModeIsEnabled):
-        return Unreachable("Offline mode is on (HF_HUB_OFFLINE): unset it to reach the hub.")
+        return MedcotError("Offline mode is on (HF_HUB_OFFLINE): unset it to reach the hub.")
     if isinstance(cause, httpx.TransportError):
         detail = str(cause).strip() or type(cause).__name__
-        return Unreachable(f"The hub does not answer ({detail}): the same command goes on with what is still missing.")
+        return MedcotError(f"The hub does not answer ({detail}): the same command goes on with what is still missing.")
+    if isinstance(cause, RepositoryNotFoundError):
+        return _refused(name, 404, _said(cause))  # which the hub may call 401
     if isinstance(cause, HfHubHTTPError):
         return _refused(name, cause.response.status_code, _said(cause))
     if isinstance(error, ValueError):

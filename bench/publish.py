@@ -157,9 +157,9 @@ def _check_visibility(repository: ModelRepository, stored: Stored, public: bool)
 def _change(repository: ModelRepository, stored: Stored, uploads: Sequence[Upload]) -> _Change:
     paths = {upload.path for upload in uploads}
     ours = _written_before(repository, stored)
-    to_delete = [
+    to_delete = sorted(
         path for path, file in stored.files.items() if path not in paths and file.identity in ours.get(path, ())
-    ]
+    )
     return _Change(
         to_send=stored.missing(uploads),
         to_delete=to_delete,
@@ -185,10 +185,13 @@ def _send(repository: ModelRepository, upload: Upload, announce: Callable[[str],
     before = upload.content.stat()
     if sha256_file(upload.content) != upload.sha256:
         raise MedcotError(f"{upload.content} was changed since the run made it: medcot run makes it again.")
-    repository.send(upload)
-    after = upload.content.stat()
-    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise MedcotError(f"{upload.content} was changed while it was sent: nothing was published. Run it again.")
+    try:
+        repository.send(upload)
+    finally:
+        # Also where the hub refused it: this is the reason then.
+        after = upload.content.stat()
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise MedcotError(f"{upload.content} was changed while it was sent: nothing was published. Run it again.")
 
 
 def _commit(repository: ModelRepository, uploads: Sequence[Upload], message: str, public: bool) -> str:
