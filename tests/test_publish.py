@@ -31,6 +31,7 @@ EXPECTED = sorted([
     *(f"adapter/{name}" for name in adapter_files() if name != "metrics.jsonl"),
     *(f"report/{name}" for name in REPORTS),
 ])  # fmt: skip
+WITHOUT_REPORT = [name for name in EXPECTED if not name.startswith("report/")]  # its charts take a second to draw
 
 
 @pytest.fixture
@@ -81,19 +82,19 @@ def test_a_run_is_published_in_one_commit_and_reads_back(hub: HubServer, run_dir
 
 
 def test_the_card_says_how_to_use_the_repository(hub: HubServer, run_dir: Path) -> None:
-    publish("ann/gout", run_dir)
+    publish("ann/gout", run_dir, report=False)
     card = text(hub, "README.md")
     assert "gguf" in yaml.safe_load(card.split("---\n")[1])["tags"]
     assert f"\nhf download ann/gout {TUNED} --local-dir .\n" in card and f"\nmedcot chat {TUNED}\n" in card
     assert f"\nollama run hf.co/ann/gout:{TUNED}\n" in card
     assert "hf download ann/gout --include 'adapter/*' --local-dir .\nmedcot export --base " in card
     assert "and not published" in card
-    publish("ann/gout", run_dir, all_ggufs=True, adapter=False)
+    publish("ann/gout", run_dir, report=False, all_ggufs=True, adapter=False)
     assert "and not published" not in text(hub, "README.md") and "medcot export" not in text(hub, "README.md")
 
 
 def test_ollama_finds_what_the_modelfile_says(hub: HubServer, run_dir: Path) -> None:
-    publish("ann/gout", run_dir)
+    publish("ann/gout", run_dir, report=False)
     assert text(hub, "Modelfile") == (run_dir / "gguf/Modelfile").read_text()
     assert text(hub, "template").startswith("{{ if .System }}<|im_start|>system\n") and '"""' not in text(
         hub, "template"
@@ -103,21 +104,21 @@ def test_ollama_finds_what_the_modelfile_says(hub: HubServer, run_dir: Path) -> 
 
 
 def test_a_second_call_sends_nothing(hub: HubServer, run_dir: Path) -> None:
-    first = publish("ann/gout", run_dir)
+    first = publish("ann/gout", run_dir, report=False)
     received = dict(hub.received)
-    again = publish("ann/gout", run_dir)
+    again = publish("ann/gout", run_dir, report=False)
     assert {file.state for file in again.files} == {"there already"} and again.bytes_to_send == 0
     assert again.commit == first.commit and again.existed and len(hub.commits) == 1 and hub.received == received
 
 
 def test_another_gguf_is_added_and_the_rest_not_sent_again(hub: HubServer, run_dir: Path) -> None:
-    publish("ann/gout", run_dir)
+    publish("ann/gout", run_dir, report=False)
     received = dict(hub.received)
-    more = publish("ann/gout", run_dir, ggufs=[str(run_dir / "gguf" / F16)])
+    more = publish("ann/gout", run_dir, report=False, ggufs=[str(run_dir / "gguf" / F16)])
     assert {file.path for file in more.files if file.state == "sent"} == {F16, "README.md", RECORD_PATH}
     assert sum(hub.received.values()) - sum(received.values()) == MODEL_BYTES
     with pytest.raises(MedcotError, match=rf"--gguf Q8.gguf: the run has no such file; it has {F16}, {TUNED}, {BASE}"):
-        publish("ann/gout", run_dir, ggufs=["Q8.gguf"])
+        publish("ann/gout", run_dir, report=False, ggufs=["Q8.gguf"])
 
 
 def test_only_unchanged_files_of_an_earlier_call_are_deleted(hub: HubServer, run_dir: Path) -> None:
@@ -137,9 +138,9 @@ def test_only_unchanged_files_of_an_earlier_call_are_deleted(hub: HubServer, run
 def test_a_repository_of_others_files_keeps_them(hub: HubServer, run_dir: Path) -> None:
     hub.create("clinic/gout", private=True)
     hub.change("clinic/gout", "by hand", {"notes.md": b"mine", RECORD_PATH: b"no record"})
-    published = publish("clinic/gout", run_dir)
+    published = publish("clinic/gout", run_dir, report=False)
     assert published.left_alone == ["notes.md"] and published.deleted == [] and published.existed
-    assert set(names(hub, "clinic/gout")) == {*EXPECTED, "notes.md"}
+    assert set(names(hub, "clinic/gout")) == {*WITHOUT_REPORT, "notes.md"}
 
 
 def test_a_dry_run_lists_and_writes_nothing(hub: HubServer, run_dir: Path, tmp_path: Path) -> None:
@@ -161,21 +162,21 @@ def test_a_dry_run_without_hub_or_token_lists_all_the_same(
     hub: HubServer, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF_TOKEN")
-    told = publish("ann/gout", run_dir, dry_run=True)
-    assert told.existed is None and len(told.files) == len(EXPECTED) - 1 and told.bytes_to_send is None
+    told = publish("ann/gout", run_dir, report=False, dry_run=True)
+    assert told.existed is None and len(told.files) == len(WITHOUT_REPORT) - 1 and told.bytes_to_send is None
     assert {file.state for file in told.files} == {"not known"} and "set HF_TOKEN" in told.notes[0]
     hub.create("ann/gout", private=False)
-    told = publish("ann/gout", run_dir, public=True, dry_run=True)
+    told = publish("ann/gout", run_dir, report=False, public=True, dry_run=True)
     assert told.existed and {file.state for file in told.files} == {"to send"} and "set HF_TOKEN" in told.notes[0]
-    told = publish("ann/gout", run_dir, dry_run=True)
+    told = publish("ann/gout", run_dir, report=False, dry_run=True)
     assert "is public, everyone would see" in told.notes[0]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    told = publish("ann/gout", run_dir, dry_run=True)
+    told = publish("ann/gout", run_dir, report=False, dry_run=True)
     assert told.existed is None and told.notes[0].startswith("Offline mode is on") and told.total_bytes > MODEL_BYTES
 
 
 def test_the_command_prints_one_document(hub: HubServer, run_dir: Path) -> None:
-    done = CliRunner().invoke(cli, ["publish", "ann/gout", "--run-dir", str(run_dir), "--json"])
+    done = CliRunner().invoke(cli, ["publish", "ann/gout", "--run-dir", str(run_dir), "--no-report", "--json"])
     assert done.exit_code == 0 and json.loads(done.stdout)["visibility"] == "private"
     assert "Making one commit" in done.stderr
     done = CliRunner().invoke(cli, ["publish", "ann/gout", "--run-dir", str(run_dir), "--dry-run", "--all-ggufs"])
@@ -187,12 +188,12 @@ def test_the_command_prints_one_document(hub: HubServer, run_dir: Path) -> None:
 
 def test_the_only_run_need_not_be_named(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    error = CliRunner().invoke(cli, ["publish", "ann/gout", "--dry-run"]).exception
+    error = CliRunner().invoke(cli, ["publish", "ann/gout", "--dry-run", "--no-report"]).exception
     assert isinstance(error, MedcotError) and "--run-dir: there is none in runs/" in str(error)
     finished_run(tmp_path / "runs" / "one")
-    assert CliRunner().invoke(cli, ["publish", "ann/gout", "--dry-run"]).exit_code == 0
+    assert CliRunner().invoke(cli, ["publish", "ann/gout", "--dry-run", "--no-report"]).exit_code == 0
     finished_run(tmp_path / "runs" / "two")
-    error = CliRunner().invoke(cli, ["publish", "ann/gout", "--dry-run"]).exception
+    error = CliRunner().invoke(cli, ["publish", "ann/gout", "--dry-run", "--no-report"]).exception
     assert isinstance(error, MedcotError) and "there are runs/one, runs/two" in str(error)
 
 
@@ -229,14 +230,14 @@ def test_a_gguf_that_names_a_folder_is_refused(hub: HubServer, tmp_path: Path) -
     gguf = run_dir / "gguf" / TUNED
     gguf.write_bytes(base.encode() + gguf.read_bytes()[len(base) :])
     with pytest.raises(MedcotError, match=f"{TUNED} names a folder of this machine"):
-        publish("ann/gout", run_dir)
+        publish("ann/gout", run_dir, report=False)
     assert not hub.repositories
 
 
 def test_a_space_fetches_the_published_file(hub: HubServer, tmp_path: Path) -> None:
     model = save_gguf(tmp_path / "model").read_bytes()
     run_dir = finished_run(tmp_path / "run", shipped=model)
-    publish("ann/gout", run_dir)
+    publish("ann/gout", run_dir, report=False)
     write_space(tmp_path / "space", run_dir / "gguf" / TUNED, model_repo="ann/gout")
     (wanted,) = read_settings(tmp_path / "space").models
     assert space_app.local_file(tmp_path / "space", wanted).read_bytes() == model
@@ -248,5 +249,5 @@ def test_large_files_go_by_lfs_unless_xet_is_asked_for(
     seen = []
     hub.misbehave_in_writing(WriteFault("batch", before=lambda: seen.append(constants.HF_HUB_DISABLE_XET)))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
-    publish("ann/gout", run_dir)
+    publish("ann/gout", run_dir, report=False)
     assert seen == [True] and constants.HF_HUB_DISABLE_XET is False

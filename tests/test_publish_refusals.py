@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from published_runs import F16, MODEL_BYTES, PART_BYTES, TOKEN, finished_run, wr
 from test_report import TUNED, measurements
 from test_run_folder import fail
 
-from bench.publish import publish
+from bench.publish import publish as publish_all
 from pipeline.artifacts import sha256_file
 from pipeline.errors import GateFailed, MedcotError
 from pipeline.results import Verification
+
+publish = partial(publish_all, report=False)  # its charts take a second to draw
 
 
 @pytest.fixture
@@ -271,7 +274,7 @@ def test_a_killed_upload_goes_on_where_it_was(hub: HubServer, run_dir: Path, tmp
 
     hub.misbehave_in_writing(WriteFault("part", times=2), WriteFault("part", drop_after=1000, then=wait))
     environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
-    command = [sys.executable, "-m", "pipeline.cli", "publish", "ann/gout", "--run-dir", str(run_dir), "--json"]
+    command = [sys.executable, "-m", "pipeline.cli", "publish", "ann/gout", "--run-dir", str(run_dir), "--no-report"]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert reached.wait(120), process.communicate(timeout=10)
     process.send_signal(signal.SIGKILL)
