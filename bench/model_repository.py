@@ -72,6 +72,7 @@ class ModelRepository:
         self.name = name
         self._waits = hub_files.RETRY_WAITS if patient else ()
         self._api = HfApi(library_name="medcot", library_version=__version__)
+        self._sent: dict[str, Any] = {}  # the library's operations, by path: what they sent is not asked for again
 
     @property
     def url(self) -> str:
@@ -141,13 +142,15 @@ class ModelRepository:
         with _plain_lfs(), self._explaining():
             # One file a call: the storage's signed addresses live for minutes, and a file may take longer.
             self._api.preupload_lfs_files(self.name, [operation], num_threads=1, free_memory=False)
+        self._sent[upload.path] = operation
 
     def commit(self, uploads: Sequence[Upload], obsolete: Sequence[str], parent: str, message: str) -> str:
         """Make one commit of all of it on top of ``parent``; gives its name. Raises Doubtful where one should look."""
         from huggingface_hub import CommitOperationDelete
         from huggingface_hub.errors import HfHubHTTPError
 
-        operations = [*map(_operation, uploads), *(CommitOperationDelete(path) for path in obsolete)]
+        additions = [self._sent.get(upload.path) or _operation(upload) for upload in uploads]
+        operations = [*additions, *map(CommitOperationDelete, obsolete)]
         with _plain_lfs(), self._explaining():
             try:
                 made = self._api.create_commit(

@@ -26,6 +26,7 @@ class Dropped(Exception):
 class Exchange(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body are two writes: the second would wait 40 ms for an acknowledgement
 
     def log_message(self, format: str, *arguments: object) -> None:
         """Nothing on the tests' output; ``requests`` is the log."""
