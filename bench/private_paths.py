@@ -18,6 +18,7 @@ from pipeline.base_model import PACKAGE_PREFIX, cache_dir
 from pipeline.config import Config
 
 _OTHER_MACHINES = (r"/home/[^/\s]+", r"/Users/[^/\s]+", "/root", "/kaggle", "/content")
+_LEAST_BYTES = 8  # of a path that is looked for among the bytes of weights
 _REST = r"(?:/[^\s\"'`<>|,;:)\]]*)?"
 
 
@@ -36,6 +37,12 @@ class PrivatePaths:
         self._given = sorted((name for name in given if public_name(name) not in ("", name)), key=len, reverse=True)
         own = {Path.home(), Path.cwd(), run_dir, run_dir.resolve(), cache_dir(), Path(tempfile.gettempdir())}
         self._folders = sorted({str(path) for path in own if path.is_absolute() and path != Path("/")}, reverse=True)
+        # "/root" alone may be a token of a vocabulary, and weights hold any few bytes somewhere.
+        self._told_apart = [
+            path
+            for path in (*self._given, *self._folders)
+            if path.startswith("/") and path.count("/") > 1 and len(path) >= _LEAST_BYTES
+        ]
         roots = "|".join([*map(re.escape, self._folders), *_OTHER_MACHINES])
         # Not inside a longer path or an address: https://host/home/page names no folder.
         self._path = re.compile(rf"(?<![\w.~:/-])(?:{roots})(?![\w.-]){_REST}")
@@ -71,12 +78,8 @@ class PrivatePaths:
         return public
 
     def named_in(self, content: bytes) -> str | None:
-        """A folder that is named in a file's bytes as they are.
-
-        Only folders of two components and more count: "/root" alone may be a token of a vocabulary.
-        """
-        candidates = [*self._given, *(folder for folder in self._folders if folder.count("/") > 1)]
-        return next((folder for folder in candidates if folder.encode() in content), None)
+        """A folder that is named in a file's bytes as they are."""
+        return next((folder for folder in self._told_apart if folder.encode() in content), None)
 
     def named_in_text(self, text: str) -> str | None:
         """The same for a text, whatever of it HTML or Markdown have escaped."""
