@@ -49,7 +49,7 @@ class PrivatePaths:
 
     def shortened(self, text: str) -> str:
         for name in self._given:
-            text = text.replace(name, public_name(name))
+            text = re.sub(rf"(?<![\w.~/-]){re.escape(name)}(?![\w-])", lambda match: public_name(match[0]), text)
         return self._path.sub(lambda match: Path(match[0]).name, text)
 
     def shorten_all(self, value: Any) -> Any:

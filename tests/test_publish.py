@@ -15,7 +15,6 @@ from hub_server import HubServer, WriteFault
 from huggingface_hub import constants, snapshot_download
 from published_runs import F16, MODEL_BYTES, adapter_files, finished_run, writable_hub
 from test_report import BASE, TUNED, measurements
-from tiny_models import save_gguf
 
 from bench.publish import RECORD_PATH, publish
 from chat import space_app
@@ -235,6 +234,8 @@ def test_a_gguf_that_names_a_folder_is_refused(hub: HubServer, tmp_path: Path) -
 
 
 def test_a_space_fetches_the_published_file(hub: HubServer, tmp_path: Path) -> None:
+    from tiny_models import save_gguf  # imports PyTorch, which no other test here needs
+
     model = save_gguf(tmp_path / "model").read_bytes()
     run_dir = finished_run(tmp_path / "run", shipped=model)
     publish("ann/gout", run_dir, report=False)
