@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from dataclasses import dataclass, replace
 from glob import escape
 from pathlib import Path
@@ -16,7 +15,9 @@ from typing import Any
 
 import yaml
 
+from bench.card_use import Repository, use_commands, use_notes
 from bench.page import Page, Section, Table, percent, render
+from bench.private_paths import public_name
 from bench.run_folder import Run
 from bench.sections.evaluation import CHOICE_TITLE, COMPARISON_TITLE
 from bench.sections.quality import TITLE as QUALITY_TITLE
@@ -27,8 +28,6 @@ from pipeline.results import Verification
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LICENSE_ID = re.compile(r"[a-z0-9.-]+")  # as in the hub's list; GGUF's general.license is free text
-_QUESTION = "A 54-year-old has crushing chest pain that spreads to the left arm. What should be done first?"
-_CONTEXT = 4096  # tokens: a question, its thought and its answer, with room for a second one
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,12 @@ class Part:
     code: tuple[tuple[str, str, str], ...] = ()  # what it is for, language, text
 
 
-def model_card(config: Config, run: Run, page: Page) -> str:
-    """The card as Markdown; a stage without a result is said to have none."""
+def model_card(config: Config, run: Run, page: Page, repository: Repository | None = None) -> str:
+    """The card as Markdown; a stage without a result is said to have none. ``repository`` is where it is published."""
     public = _without_paths(config)
     parts = (
-        _files(run, page),
-        _use(config, run),
+        _files(run, page, repository),
+        _use(public, run, repository),
         _data(config, run, page),
         _training(public, run, page),
         _evaluation(page),
@@ -113,16 +112,10 @@ def _base_license(base: str) -> str | None:
     return None
 
 
-def _public_name(name: str) -> str:
-    """A name without the folders above it, where it is a path of this machine."""
-    return Path(name).name if name.startswith(("/", ".", "~")) or name.count("/") > 1 else name
-
-
 def _without_paths(config: Config) -> Config:
-    base = config.model.base
-    model = config.model.model_copy(update={"base": base if base.startswith(PACKAGE_PREFIX) else _public_name(base)})
-    data = config.data.model_copy(update={"source": _public_name(config.data.source)})
-    export = config.export.model_copy(update={"imatrix": _public_name(config.export.imatrix)})
+    model = config.model.model_copy(update={"base": public_name(config.model.base)})
+    data = config.data.model_copy(update={"source": public_name(config.data.source)})
+    export = config.export.model_copy(update={"imatrix": public_name(config.export.imatrix)})
     return config.model_copy(update={"model": model, "data": data, "export": export})
 
 
@@ -136,49 +129,29 @@ def _summary(config: Config, run: Run) -> str:
     )
 
 
-def _files(run: Run, page: Page) -> Part:
+def _files(run: Run, page: Page, repository: Repository | None) -> Part:
     part = _part(page.section("What was made"), "Files", "There is no GGUF yet: the export stage has not finished.")
-    return replace(part, text=(*part.text, *(run.exported.warnings if run.exported is not None else ())))
+    text = part.text if run.exported is None else (*part.text, *run.exported.warnings)
+    if repository is not None:
+        here = f"In this repository: {', '.join(repository.ggufs)}."
+        made = [] if run.exported is None else [file.name for file in run.exported.files]
+        if set(made) - set(repository.ggufs):
+            here += " The tables name other files too: they were made and measured, and not published."
+        text = (here, *text)
+    return replace(part, text=text)
 
 
-def _use(config: Config, run: Run) -> Part:
+def _use(config: Config, run: Run, repository: Repository | None) -> Part:
     if run.exported is None:
         return Part("Use", ("There is nothing to use yet.",))
-    file, name = run.exported.ship, config.name.lower()
-    messages = [{"role": "user", "content": _QUESTION}]
-    if config.prompt.system is not None:
-        messages.insert(0, {"role": "system", "content": config.prompt.system})
-    python = (
-        "from llama_cpp import Llama\n\n"
-        f"model = Llama({json.dumps(file, ensure_ascii=False)}, n_ctx={_CONTEXT})\n"
-        f"messages = {json.dumps(messages, indent=4, ensure_ascii=False)}\n"
-        'print(model.create_chat_completion(messages)["choices"][0]["message"]["content"])'
-    )
-    system = f" -sys {shlex.quote(config.prompt.system)}" if config.prompt.system is not None else ""
-    note = "The chat template is inside the GGUF; use it, or the model is not the one that was measured."
-    if config.prompt.system is not None:
-        note += " The model was trained with the system prompt shown here."
-    return Part(
-        "Use",
-        (note,),
-        code=(
-            ("medcot, which shows thought and answer apart", "sh", f"medcot chat {shlex.quote(file)}"),
-            (
-                "Ollama, with the Modelfile beside the GGUF",
-                "sh",
-                f"ollama create {name} -f Modelfile\nollama run {name}",
-            ),
-            ("llama.cpp", "sh", f"llama-cli -m {shlex.quote(file)} --jinja -cnv -c {_CONTEXT}{system}"),
-            ("Python, with llama-cpp-python", "python", python),
-        ),
-    )
+    return Part("Use", use_notes(config), code=use_commands(config, run.exported.ship, repository))
 
 
 def _data(config: Config, run: Run, page: Page) -> Part:
     section, data = page.section("Data"), run.prepared
     if section is None or data is None:
         return Part("Training data", ("Nothing is known of the data: the prepare stage has no result.",))
-    source = "medcot's own sample" if config.data.source == "sample" else _public_name(config.data.source)
+    source = "medcot's own sample" if config.data.source == "sample" else public_name(config.data.source)
     cleaning = f"Of {data.read:,} records read, {data.train_rows:,} were trained on and {data.eval_rows:,} held out"
     cleaning += f"; {data.rejected:,} were rejected and {sum(data.repaired.values()):,} repairs made."
     # The report's first sentence names the source as it was given, perhaps by a path.

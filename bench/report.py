@@ -51,17 +51,22 @@ def report_run(config: Config, run: Run, out_dir: Path) -> tuple[list[str], RunR
 
 def write_report(page: Page, document: Measurement, out_dir: Path) -> list[str]:
     """The page as HTML and Markdown and the document as JSON beside its schema; gives the files' names."""
+    texts = report_texts(page, document)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        write_text(out_dir / name, text)
+    return list(texts)
+
+
+def report_texts(page: Page, document: Measurement) -> dict[str, str]:
+    """The report's files by their names."""
     schema = type(document).model_json_schema(mode="serialization")
-    texts = {
+    return {
         "report.html": render("report.html.j2", page=page),
         "report.md": render("report.md.j2", page=page),
         "report.json": document.model_dump_json(indent=2, by_alias=True) + "\n",
         SCHEMA_NAME: json.dumps(schema, indent=2, ensure_ascii=False) + "\n",
     }
-    out_dir.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        write_text(out_dir / name, text)
-    return list(texts)
 
 
 def build_page(config: Config, run: Run) -> Page:

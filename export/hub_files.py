@@ -11,7 +11,7 @@ import errno
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ RETRY_WAITS: tuple[float, ...] = (1, 2, 4, 8, 8)
 _PASSING_STATUSES = (408, 429, 500, 502, 503, 504)
 # Bytes done and in all, of the file named.
 DownloadProgress = Callable[[str, int, int], None]
+Explain = Callable[[str, Exception], Exception]
 Result = TypeVar("Result")
 
 
@@ -187,16 +188,26 @@ class HubRepository:
             )
 
 
-def with_retries(title: str, attempt: Callable[[], Result]) -> Result:
-    """What ``attempt`` returns, tried again after failures that pass; MedcotError says why it stays impossible."""
-    waits = iter(RETRY_WAITS)
+def with_retries(
+    title: str,
+    attempt: Callable[[], Result],
+    *,
+    waits: Sequence[float] | None = None,
+    explained: Explain | None = None,
+) -> Result:
+    """What ``attempt`` returns, tried again after failures that pass; MedcotError says why it stays impossible.
+
+    ``waits`` are the seconds between attempts [default: RETRY_WAITS]; ``explained`` makes the sentence, of ``title``
+    and the error [default: as for what is fetched].
+    """
+    remaining = iter(RETRY_WAITS if waits is None else waits)
     while True:
         try:
             return attempt()
         except Exception as error:
-            wait = next(waits, None) if _may_pass(error) else None
+            wait = next(remaining, None) if _may_pass(error) else None
             if wait is None:
-                raise _explained(title, error) from error
+                raise (explained or _explained)(title, error) from error
             time.sleep(wait)
 
 

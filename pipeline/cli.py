@@ -611,6 +611,40 @@ def space(folder: Path, gguf: Path, base: Path | None, as_json: bool, **settings
 
 
 @cli.command()
+@click.argument("repository", metavar="OWNER/NAME")
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Folder of the run [default: the only one in runs].")
+@click.option("--gguf", "ggufs", multiple=True, metavar="FILE", help="Also this GGUF of the run; may be repeated.")
+@click.option("--all-ggufs", is_flag=True, help="All GGUFs of the run [default: the one that ships].")
+@click.option("--adapter/--no-adapter", default=True, show_default=True, help="The LoRA adapter and its tokenizer.")
+@click.option("--report/--no-report", default=True, show_default=True, help="The report: it shows held-out records.")
+@click.option("--public", is_flag=True, help="For everyone to see [default: private].")
+@click.option("--unverified", is_flag=True, help="Also a run that a gate has stopped or that is not verified.")
+@click.option("--dry-run", is_flag=True, help="List files and sizes; send and write nothing.")
+@json_option
+def publish(repository: str, run_dir: Path | None, as_json: bool, **options: Any) -> None:
+    """Publish a run on the Hugging Face Hub: model card, GGUF, Modelfile, adapter and report, in one commit.
+
+    The token is HF_TOKEN's or that of 'hf auth login'. After an interruption the same command goes on. Exit 3 for a
+    run that a gate has stopped.
+
+    \b
+    Example: medcot publish YOU/my-model --dry-run
+             medcot publish YOU/my-model --run-dir runs/smollm2-cpu --all-ggufs
+    """
+    from bench.publication import print_publication
+    from bench.publish import only_run
+    from bench.publish import publish as publish_run
+
+    published = publish_run(
+        repository, run_dir or only_run(), announce=lambda text: click.echo(text, err=True), **options
+    )
+    if as_json:
+        _print_json(published.model_dump(mode="json"))
+    else:
+        print_publication(published)
+
+
+@cli.command()
 @json_option
 def doctor(as_json: bool) -> None:
     """Show what this machine has and what is missing, with the command that fixes it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -23,8 +24,16 @@ from pipeline.results import Verification
 from pipeline.run import STAGES, stage_named
 
 
-def make_run(run_dir: Path, results: dict[str, BaseModel], config: Config | None = None) -> Path:
-    """A run's folder with a real chain of manifests: each names the artifacts that it was made from."""
+def make_run(
+    run_dir: Path,
+    results: dict[str, BaseModel],
+    config: Config | None = None,
+    files: dict[str, dict[str, bytes]] | None = None,
+) -> Path:
+    """A run's folder with a real chain of manifests: each names the artifacts that it was made from.
+
+    ``files`` are what the stages left, by stage and name; of the others only a record is there.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text((config or Config(name="run")).to_yaml())
     digests: dict[str, str] = {}
@@ -33,6 +42,9 @@ def make_run(run_dir: Path, results: dict[str, BaseModel], config: Config | None
         if result is None:
             continue
         (run_dir / stage.folder).mkdir()
+        contents = (files or {}).get(stage.name, {})
+        for name, content in contents.items():
+            (run_dir / stage.folder / name).write_bytes(content)
         manifest = Manifest(
             stage=stage.name,
             fingerprint="12" * 32,
@@ -42,7 +54,11 @@ def make_run(run_dir: Path, results: dict[str, BaseModel], config: Config | None
             created="2026-11-22T02:00:00+00:00",
             seconds=83.2,
             peak_memory_bytes=2_400_000_000,
-            files=[FileRecord(path="eval.jsonl", size=1_000, sha256="cd" * 32)],
+            files=[
+                FileRecord(path=name, size=len(content), sha256=hashlib.sha256(content).hexdigest())
+                for name, content in contents.items()
+            ]
+            or [FileRecord(path="eval.jsonl", size=1_000, sha256="cd" * 32)],
             result=result.model_dump(mode="json"),
         )
         write_manifest(run_dir / stage.folder, manifest)
