@@ -22,13 +22,12 @@ from bench.published_files import Upload, run_files
 from bench.run_folder import Run, open_run
 from bench.sections.decision import is_verified
 from export import hub_files
-from pipeline import __version__
+from pipeline import __version__, platforms
 from pipeline.artifacts import sha256_file
 from pipeline.errors import GateFailed, MedcotError
 from pipeline.results import Measurement
 
 RECORD_PATH = "medcot-publish.json"
-RUNS_FOLDER = Path("runs")
 _HUBS_OWN = frozenset({".gitattributes"})  # the hub puts it into every new repository
 
 
@@ -55,11 +54,12 @@ class _Change:
 
 
 def only_run() -> Path:
-    """The run in ``runs``, where there is one only; raises MedcotError."""
-    found = sorted(path.parent for path in RUNS_FOLDER.glob("*/config.yaml"))
+    """The run in this machine's folder of runs, where there is one only; raises MedcotError."""
+    runs = platforms.here().runs
+    found = sorted(path.parent for path in runs.glob("*/config.yaml"))
     if len(found) == 1:
         return found[0]
-    told = f"there are {', '.join(map(str, found))}" if found else f"there is none in {RUNS_FOLDER}/"
+    told = f"there are {', '.join(map(str, found))}" if found else f"there is none in {runs}/"
     raise MedcotError(f"Name the run's folder with --run-dir: {told}.")
 
 
