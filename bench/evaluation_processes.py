@@ -47,7 +47,7 @@ def evaluate_side_by_side(
     Two models with one thread each are done sooner than one after the other with two threads (LOG.md,
     2026-11-22), and a model that makes libllama abort takes only its own process with it.
     """
-    workers = _side_by_side(paths)
+    workers = 1 if settings.engine.gpu_layers else _side_by_side(paths)  # a GPU is not a set of cores to share
     shared = replace(settings.engine, threads=settings.engine.threads or max(1, usable_cores() // workers))
     settings = replace(settings, engine=shared)
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=end_with_parent)

@@ -72,17 +72,7 @@ class TrainingComparison(BaseModel):
 
 def compare(preset: str, overrides: Sequence[str], steps: int, repeats: int, folder: Path) -> TrainingComparison:
     """Train ``repeats`` times each way in ``folder``. Raises MedcotError when a way fails."""
-    settings = [
-        *overrides,
-        "data.eval_rows=1",  # only the stage evaluates; its memory must not be the evaluation's
-        f"training.max_steps={steps}",
-        f"training.checkpoint_steps={steps + 1}",
-        "training.logging_steps=1",
-        "training.processes=1",
-        "training.report_to=none",
-    ]
-    run_dir = folder / "run"
-    run(load_config(preset, settings), run_dir, until="prepare", plan_first=False)
+    run_dir = prepare_run(preset, overrides, steps, folder / "run")
     measured: dict[Way, list[TimedSteps]] = {way: [] for way in WAYS}
     console = Console(stderr=True)
     for repeat in range(repeats):
@@ -91,7 +81,7 @@ def compare(preset: str, overrides: Sequence[str], steps: int, repeats: int, fol
             console.print(f"repeat {repeat + 1}/{repeats}: {NAMES[way]}", highlight=False)
             out_dir = folder / f"{way}-{repeat}"
             out_dir.mkdir()
-            measured[way].append(_measure(TrainingRequest(way=way, run_dir=run_dir, out_dir=out_dir)))
+            measured[way].append(train_one_way(TrainingRequest(way=way, run_dir=run_dir, out_dir=out_dir)))
     tokens = measured["medcot"][0].tokens
     require_same_batches(measured)
     return TrainingComparison(
@@ -106,7 +96,23 @@ def compare(preset: str, overrides: Sequence[str], steps: int, repeats: int, fol
     )
 
 
-def _measure(request: TrainingRequest) -> TimedSteps:
+def prepare_run(preset: str, overrides: Sequence[str], steps: int, run_dir: Path) -> Path:
+    """A run in ``run_dir`` whose data are prepared for a training of ``steps``, each of them logged."""
+    settings = [
+        *overrides,
+        "data.eval_rows=1",  # only the stage evaluates; its memory must not be the evaluation's
+        f"training.max_steps={steps}",
+        f"training.checkpoint_steps={steps + 1}",
+        "training.logging_steps=1",
+        "training.processes=1",
+        "training.report_to=none",
+    ]
+    run(load_config(preset, settings), run_dir, until="prepare", plan_first=False)
+    return run_dir
+
+
+def train_one_way(request: TrainingRequest) -> TimedSteps:
+    """Train in a process of its own; raises MedcotError when that fails."""
     # What run.py sets for the stage is part of our way; the others run in the user's environment.
     own = stage_named("train").environment if request.way == "medcot" else {}
     log = request.out_dir / "log.txt"
