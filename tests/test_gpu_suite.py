@@ -168,10 +168,8 @@ def test_the_rehearsal_runs_every_part_and_is_no_result_of_a_gpu(tmp_path: Path)
     assert json.loads(done.stdout) == results.model_dump(mode="json")
     assert [(part.part, part.status) for part in results.parts] == [(part.name, "passed") for part in PARTS]
     figures = {figure.name: figure.value for part in results.parts for figure in part.figures}
-    for length in (64, 128):
-        for way in ("medcot", "TRL + PEFT"):
-            assert figures[f"{way}, {length} tokens"] > 0
-        assert f"medcot over TRL + PEFT, {length} tokens" in figures
+    assert min(figures["medcot, 128 tokens"], figures["TRL + PEFT, 128 tokens"]) > 0
+    assert "medcot over TRL + PEFT, 128 tokens" in figures
     checks = {check.name for part in results.parts for check in part.checks}
     assert {"the same loss curve", "from a checkpoint", "mean loss over all steps"} <= checks
     assert "8B in NF4, training speed" in done.stderr

@@ -59,8 +59,8 @@ def _example(chat_format: ChatFormat, generator: random.Random, tokens: int) -> 
 
     question, reasoning = text(tokens // 4), text(tokens // 4)
     fixed = len(chat_format.encode(Example(question, reasoning, "x")).input_ids) - 1
-    example = Example(question, reasoning, text(tokens - fixed))
+    example = Example(question, reasoning, text(max(1, tokens - fixed)))
     found = len(chat_format.encode(example).input_ids)
     if found != tokens:
-        raise MedcotError(f"A record of {tokens} tokens came out with {found}: {chat_format} does not count letters.")
+        raise MedcotError(f"A record of {tokens} tokens came out with {found}: the format takes more.")
     return example

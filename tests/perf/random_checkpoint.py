@@ -5,7 +5,7 @@
 Writes FOLDER/base (16-bit shards, or bitsandbytes NF4 with double quantization) and FOLDER/adapter (LoRA on the seven
 projections), a shard at a time: never more than one in memory. The weights are Gaussian as initialised ones; every
 shard repeats from a pool of random numbers, because drawing eight billion would take longer than the measurement. The
-vocabulary is made up (as many distinct tokens as the real one has, byte-level BPE without merges) unless --tokenizer
+vocabulary is made up (as many distinct tokens as the real one has, byte-level BPE of single letters) unless --tokenizer
 names a folder with Llama 3's; llama.cpp's converter, which knows vocabularies by their hash, takes no made-up one.
 """
 
@@ -168,11 +168,16 @@ def save_adapter(folder: Path, config: LlamaConfig, rank: int, seed: int = 1) ->
 
 
 def save_tokenizer(folder: Path, size: int) -> None:
-    """A vocabulary of ``size`` tokens in Llama 3's manner: its words, no merges, three control tokens."""
+    """A vocabulary of ``size`` tokens in Llama 3's manner: its words, three control tokens, and one merge.
+
+    It joins the bytes 0 and 1, which no text has: llama.cpp loads no such vocabulary without any.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     controls = ["<|im_start|>", "<|im_end|>", "<|padding|>"]
-    words = [*alphabet, *(f"Ġfiller{number:x}" for number in range(size - len(alphabet) - len(controls)))]
-    tokenizer = Tokenizer(models.BPE(vocab={word: number for number, word in enumerate(words)}, merges=[]))
+    merge = ("Ā", "ā")
+    fillers = (f"Ġfiller{number:x}" for number in range(size - len(alphabet) - 1 - len(controls)))
+    words = [*alphabet, "".join(merge), *fillers]
+    tokenizer = Tokenizer(models.BPE(vocab={word: number for number, word in enumerate(words)}, merges=[merge]))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

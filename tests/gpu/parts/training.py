@@ -28,19 +28,20 @@ from pipeline.errors import MedcotError
 _PRESET = "deepseek-r1-8b"
 _WAYS: tuple[Way, Way] = ("medcot", "trl")
 _LENGTHS = (1024, 2048)
-_REHEARSED_LENGTHS = (64, 128)
+_REHEARSED_LENGTHS = (128,)
 _STEPS, _REHEARSED_STEPS = 6, 3
 _REPEATS = 3  # as far as the time goes; the first is the one that must be
 _SPARE = 1.2  # a training that took so long may take this much longer the next time
 
 
 def prepare(request: Request) -> None:
-    random_base(request.work, request.rehearse)
+    for length in _lengths(request):
+        _prepared(request, length)
 
 
 def measure(recorder: Recorder) -> None:
     request = recorder.request
-    lengths = _REHEARSED_LENGTHS if request.rehearse else _LENGTHS
+    lengths = _lengths(request)
     measured: dict[int, dict[Way, list[TimedSteps]]] = {length: {way: [] for way in _WAYS} for length in lengths}
     seconds: dict[tuple[int, Way], float] = {}
     runs = {length: _prepared(request, length) for length in lengths}
@@ -66,11 +67,15 @@ def measure(recorder: Recorder) -> None:
         _judge(recorder, length, measured[length])
 
 
+def _lengths(request: Request) -> tuple[int, ...]:
+    return _REHEARSED_LENGTHS if request.rehearse else _LENGTHS
+
+
 def _prepared(request: Request, length: int) -> Path:
-    """A prepared run whose records have exactly ``length`` tokens."""
+    """A prepared run whose records have exactly ``length`` tokens; made once."""
     base = random_base(request.work, request.rehearse)
     folder = request.work / f"training-{length}"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     steps = _REHEARSED_STEPS if request.rehearse else _STEPS
     examples = load_config(_PRESET).training.effective_batch * steps
     rows = write_rows(folder / "rows.jsonl", base, length, examples + 1)  # one is held out
