@@ -78,11 +78,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_text(options.out / file_name(machine), results.model_dump_json(indent=2) + "\n")
         written[:] = [results]
 
-    work = options.work or Path(tempfile.mkdtemp(prefix="medcot-gpu-"))
+    # Each part works in a folder of its own.
+    work = (options.work or Path(tempfile.mkdtemp(prefix="medcot-gpu-"))).resolve()
     work.mkdir(parents=True, exist_ok=True)
+    source = options.llama_source and options.llama_source.resolve()
     os.environ.setdefault("MEDCOT_CACHE", str(work / "cache"))
     try:
-        Suite(chosen, work, options.seconds, options.rehearse, options.llama_source, told).run()
+        Suite(chosen, work, options.seconds, options.rehearse, source, told).run()
     finally:
         _collect_logs(work, options.out / "log.txt")
         if options.work is None:
