@@ -73,7 +73,7 @@ def _request(gguf: Path, layers: int, rehearse: bool) -> ProbeRequest:
     return ProbeRequest(
         label=gguf.name,
         path=gguf,
-        threads=usable_cores(),
+        threads=1 if rehearse else usable_cores(),  # beside others two wait for each other in busy loops
         prompt_tokens=16 if rehearse else 512,
         generated_tokens=4 if rehearse else 64,
         repeats=1 if rehearse else 3,
