@@ -56,6 +56,13 @@ class Settings:
         return self.threads or usable_cores()
 
 
+def all_layers_where_possible() -> int:
+    """``gpu_layers`` for a GGUF that has a GPU to itself: -1 (all) where llama.cpp can put any there, else 0."""
+    from export.gguf_model import supports_gpu
+
+    return -1 if supports_gpu() else 0
+
+
 class Engine(Protocol):
     """A loaded model. Ids are the model's own tokens; log-probabilities are natural logarithms."""
 

@@ -56,6 +56,7 @@ def stage_settings(config: Config) -> EvaluationSettings:
         engine=engines.Settings(
             context_tokens=config.model.max_seq_length + config.evaluation.max_new_tokens,
             system=config.prompt.system,
+            gpu_layers=engines.all_layers_where_possible(),
         ),
     )
 
@@ -81,7 +82,8 @@ def evaluate_files(
     """
     roles: list[Role] = ["base" if index == 0 and len(paths) > 1 else "tuned" for index in range(len(paths))]
     records = read_records(data, rows, choice_rows)
-    settings = EvaluationSettings(max_new_tokens=max_new_tokens)
+    gpu_layers = engines.all_layers_where_possible() if any(path.is_file() for path in paths) else 0
+    settings = EvaluationSettings(max_new_tokens=max_new_tokens, engine=engines.Settings(gpu_layers=gpu_layers))
     if out_dir is not None:
         return evaluate_models(paths, roles, records, out_dir, settings, gates)
     with tempfile.TemporaryDirectory() as folder:

@@ -47,7 +47,7 @@ def evaluate_side_by_side(
     Two models with one thread each are done sooner than one after the other with two threads (LOG.md,
     2026-11-22), and a model that makes libllama abort takes only its own process with it.
     """
-    workers = _side_by_side(paths)
+    workers = side_by_side(paths, settings.engine)
     shared = replace(settings.engine, threads=settings.engine.threads or max(1, usable_cores() // workers))
     settings = replace(settings, engine=shared)
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=end_with_parent)
@@ -72,10 +72,10 @@ def evaluate_side_by_side(
     return outcomes
 
 
-def _side_by_side(paths: Sequence[Path]) -> int:
+def side_by_side(paths: Sequence[Path], engine: engines.Settings) -> int:
     """How many models to hold at once: as many as there are cores, if half of the free memory takes their files."""
-    if not all(path.is_file() for path in paths):
-        return 1  # a model under transformers: its memory is not its file's size
+    if engine.gpu_layers or not all(path.is_file() for path in paths):
+        return 1  # a GPU's cores and memory are one model's; under transformers memory is not the file's size
     fits = sum(path.stat().st_size for path in paths) < psutil.virtual_memory().available / 2
     return min(len(paths), usable_cores()) if fits else 1
 

@@ -83,17 +83,7 @@ class TrainingComparison(BaseModel):
 
 def compare(preset: str, overrides: Sequence[str], steps: int, repeats: int | None, folder: Path) -> TrainingComparison:
     """Train each way in ``folder``, in turns or else ``repeats`` times. Raises MedcotError when a way fails."""
-    settings = [
-        *overrides,
-        "data.eval_rows=1",  # only the stage evaluates; its memory must not be the evaluation's
-        f"training.max_steps={steps}",
-        f"training.checkpoint_steps={steps + 1}",
-        "training.logging_steps=1",
-        "training.processes=1",
-        "training.report_to=none",
-    ]
-    run_dir = folder / "run"
-    run(load_config(preset, settings), run_dir, until="prepare", plan_first=False)
+    run_dir = prepare_run(preset, overrides, steps, folder / "run")
     measured = _in_turns(run_dir, folder, steps) if repeats is None else _repeated(run_dir, folder, repeats)
     tokens = measured["medcot"][0].tokens
     require_same_batches(measured)
@@ -108,6 +98,21 @@ def compare(preset: str, overrides: Sequence[str], steps: int, repeats: int | No
         in_turns=repeats is None,
         ways=[way_speed(way, measured[way], tokens, by_step=repeats is None) for way in WAYS],
     )
+
+
+def prepare_run(preset: str, overrides: Sequence[str], steps: int, run_dir: Path) -> Path:
+    """A run in ``run_dir`` whose data are prepared for a training of ``steps``, each of them logged."""
+    settings = [
+        *overrides,
+        "data.eval_rows=1",  # only the stage evaluates; its memory must not be the evaluation's
+        f"training.max_steps={steps}",
+        f"training.checkpoint_steps={steps + 1}",
+        "training.logging_steps=1",
+        "training.processes=1",
+        "training.report_to=none",
+    ]
+    run(load_config(preset, settings), run_dir, until="prepare", plan_first=False)
+    return run_dir
 
 
 def _in_turns(run_dir: Path, folder: Path, steps: int) -> Measured:
@@ -136,8 +141,7 @@ def _repeated(run_dir: Path, folder: Path, repeats: int) -> Measured:
         for way in _rotated(repeat):
             console.print(f"repeat {repeat + 1}/{repeats}: {NAMES[way]}", highlight=False)
             out_dir = _folder_for(f"{way}-{repeat}", folder)
-            with _training(TrainingRequest(way=way, run_dir=run_dir, out_dir=out_dir)) as training:
-                measured[way].append(training.result())
+            measured[way].append(train_one_way(TrainingRequest(way=way, run_dir=run_dir, out_dir=out_dir)))
     return measured
 
 
@@ -149,6 +153,12 @@ def _rotated(number: int) -> tuple[Way, ...]:
 def _folder_for(name: str, folder: Path) -> Path:
     (folder / name).mkdir()
     return folder / name
+
+
+def train_one_way(request: TrainingRequest) -> TimedSteps:
+    """Train in a process of its own; raises MedcotError when that fails."""
+    with _training(request) as training:
+        return training.result()
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from pipeline.prepare import TRAIN_FILE, load_examples
 from pipeline.processes import run_as_child
 from pipeline.prompts import ChatFormat
 from pipeline.run import load_run_config, stage_inputs, stage_named
+from pipeline.training.lora_model import import_unsloth
 from pipeline.vocabulary import TransformersVocabulary
 
 Way = Literal["medcot", "unsloth", "trl"]
@@ -69,7 +70,7 @@ RESULT_NAME = "result.json"
 def measure(request: TrainingRequest) -> TimedSteps:
     train = {"medcot": _train_stage, "unsloth": _train_with_unsloth, "trl": _train_with_trl}[request.way]
     if request.way != "trl":
-        import unsloth  # noqa: F401  (before transformers, which it patches)
+        import_unsloth(request.out_dir / "unsloth")
     own_seconds = None if request.turn is None else wait_for_turns(*request.turn)
     rows = train(load_run_config(request.run_dir), request.run_dir, request.out_dir)
     import torch

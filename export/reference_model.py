@@ -50,7 +50,8 @@ def _compute_in_32_bit(model: Any) -> None:
     for module in model.modules():
         if type(module) is nn.Linear:
             module.forward = types.MethodType(_widened_linear, module)
-        elif type(module).__name__ == "Linear4bit":
+        # peft's own module around it, which adds the adapter, is called the same.
+        elif type(module).__name__ == "Linear4bit" and type(module).__module__.startswith("bitsandbytes."):
             module.forward = types.MethodType(_widened_4bit_linear, module)
         elif isinstance(module, nn.Embedding):
             module.register_forward_hook(_widened_output)

@@ -232,8 +232,10 @@ def export_command(
     from export.fingerprint import model_fingerprint
     from export.measured_export import export_with_imatrix, measuring_text
     from export.merged_weights import parse_adapter
+    from pipeline.hardware import hide_gpu
     from pipeline.progress import ExportProgressBar
 
+    hide_gpu()
     several = [parse_adapter(adapter) for adapter in adapters]
     if adapter_gguf and not several:
         raise click.UsageError("--adapter-gguf needs an --adapter.")
@@ -300,8 +302,10 @@ def verify(gguf: Path, base: str, adapter: Path | None, as_json: bool) -> None:
     from export.verify import raise_if_failed, verify_gguf
     from pipeline.base_model import local_base
     from pipeline.config import VerifyConfig
+    from pipeline.hardware import hide_gpu
     from pipeline.sources import sample_examples
 
+    hide_gpu()
     settings = VerifyConfig.model_validate({})
     result = verify_gguf(gguf, local_base(base), adapter, sample_examples(settings.prompts), settings)
     if as_json:

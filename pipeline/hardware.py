@@ -155,6 +155,15 @@ def may_have_gpu() -> bool:
     return Path("/proc/driver/nvidia").exists() or Path("/dev/nvidiactl").exists() or bool(shutil.which("nvidia-smi"))
 
 
+def hide_gpu() -> None:
+    """Called before a library looks for one: this process and its children compute on the CPU, in 32 bit.
+
+    A CUDA build of llama.cpp takes a GPU's memory and computes prompts there in 16 bit even with no layer on it, and
+    transformers puts a base that is stored in 4 bit on a GPU unasked.
+    """
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def _cpu_flags() -> set[str]:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

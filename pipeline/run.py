@@ -61,7 +61,7 @@ class Stage:
     ``function`` is "module:name", imported only in the stage's process; ``settings`` are the dotted keys of the
     configuration that its output depends on, but for those of them in ``free``; ``packages`` the distributions
     whose versions matter; ``environment`` what its process finds set unless the user has set it; ``module`` is what
-    its process runs.
+    its process runs; ``on_gpu`` says that it may see a GPU, whose memory the others leave to whoever needs it.
     """
 
     name: str
@@ -74,6 +74,7 @@ class Stage:
     environment: Mapping[str, str] = field(default_factory=dict)
     module: str = "pipeline.stage_process"
     free: tuple[str, ...] = ()
+    on_gpu: bool = False
 
     def load(self) -> Callable[[Config, dict[str, Path], Path], BaseModel]:
         module, _, name = self.function.partition(":")
@@ -104,6 +105,7 @@ STAGES = (
         # (LOG.md, 2026-11-22).
         environment={"MALLOC_MMAP_THRESHOLD_": "2000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000"},
         module="pipeline.launch",
+        on_gpu=True,
     ),
     Stage(
         name="export",
@@ -131,6 +133,7 @@ STAGES = (
         settings=("seed", "evaluation", "prompt"),
         packages=("llama-cpp-python", "rouge-score", "sacrebleu"),
         result=results.Evaluation,
+        on_gpu=True,
     ),
     Stage(
         name="bench",
@@ -140,6 +143,7 @@ STAGES = (
         settings=("seed", "bench", "prompt.system", "model.max_seq_length", *_BASE),
         packages=("llama-cpp-python", "transformers", "torch"),
         result=results.Benchmark,
+        on_gpu=True,
     ),
     Stage(
         name="report",

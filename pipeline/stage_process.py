@@ -20,6 +20,7 @@ from pipeline.artifacts import (
     write_manifest,
 )
 from pipeline.common_ground import copy_from_first, require_same_identity
+from pipeline.hardware import hide_gpu
 from pipeline.memory import peak_memory_bytes
 from pipeline.processes import run_as_child
 from pipeline.run import (
@@ -35,7 +36,7 @@ from pipeline.run import (
 
 def perform(stage_name: str, run_dir: Path) -> None:
     """Run the stage in this process; a finished artifact is then in its folder."""
-    stage = stage_named(stage_name)
+    stage = _begin(stage_name)
     ranks.join_group()
     if ranks.from_first((run_dir / stage.folder / IN_PROGRESS_NAME).is_file()):
         if ranks.on_several_machines():
@@ -47,8 +48,15 @@ def perform(stage_name: str, run_dir: Path) -> None:
 
 def perform_partly(stage_name: str, run_dir: Path) -> None:
     """Run the stage with whatever inputs are finished; what it writes is no artifact."""
-    stage = stage_named(stage_name)
+    stage = _begin(stage_name)
     stage.load()(load_run_config(run_dir), stage_inputs(stage, run_dir), run_dir / stage.folder)
+
+
+def _begin(stage_name: str) -> Stage:
+    stage = stage_named(stage_name)
+    if not stage.on_gpu:
+        hide_gpu()
+    return stage
 
 
 def _make_artifact(stage: Stage, run_dir: Path) -> None:

@@ -86,7 +86,7 @@ def train(config: Config, inputs: dict[str, Path], out_dir: Path) -> TrainedAdap
     do not suffice.
     """
     budget = TimeBudget(config.training.max_minutes)
-    import_unsloth()
+    import_unsloth(out_dir / SCRATCH_NAME / "unsloth")
     base = local_base(config.model.base, config.model.revision)
     tokenizer = load_tokenizer(base)
     chat_format = ChatFormat(tokenizer.chat_template, TransformersVocabulary(tokenizer), config.prompt.system)

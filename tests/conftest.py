@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_TOKENIZERS = ROOT.parent / "shared" / "tokenizers"
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent / each) for each in ("", "gpu", "perf")]
 # What the chat remembers of its user (the disclaimer was shown) stays out of the home of who runs the tests.
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="medcot-tests-state-")
 

@@ -113,10 +113,10 @@ def test_peft_trains_as_many_parameters_of_the_real_model_as_published(recipe: R
 
 # The stages as the driver calls them, and what Unsloth and TRL made of the arguments they were given.
 TRAIN = """
-import json, sys
+import json, sys, tempfile
 from pathlib import Path
 from pipeline.training.lora_model import import_unsloth
-import_unsloth()
+import_unsloth(Path(tempfile.mkdtemp()))
 from pipeline.config import load_config
 from pipeline.prepare import prepare
 from pipeline.train import train

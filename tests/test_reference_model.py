@@ -61,6 +61,12 @@ def test_a_4_bit_base_is_widened_from_its_codes(tmp_path: Path) -> None:
     expected = logits(plain.eval())
     error = ((found - expected).square().sum() / expected.square().sum()).item()
     assert error < 1e-3 < ((found - original).square().sum() / original.square().sum()).item()
+    # An adapter on such a base is computed beside it, as on any other.
+    adapter = save_adapter(tmp_path / "adapter", base)
+    adapted = logits(load_reference(tmp_path / "nf4", adapter))
+    expected_adapted = logits(PeftModel.from_pretrained(plain, adapter).eval())
+    error = ((adapted - expected_adapted).square().sum() / expected_adapted.square().sum()).item()
+    assert error < 1e-3 < ((adapted - found).square().sum() / found.square().sum()).item()
 
 
 @pytest.mark.broad

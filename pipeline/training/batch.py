@@ -17,8 +17,16 @@ from pipeline.batch_shares import share_of_step
 from pipeline.config import Config, TrainingConfig
 
 _FILE_NAME = "batch.json"
-# What libraries say whose memory errors neither Python nor PyTorch nor accelerate has a type for: oneDNN and C++.
-_MESSAGES = ("could not create a memory", "could not create a primitive", "could not execute a primitive", "bad_alloc")
+# What libraries say whose memory errors neither Python nor PyTorch nor accelerate has a type for: oneDNN, C++, and
+# CUDA's own calls, which bitsandbytes and cuBLAS make beside PyTorch's allocator.
+_MESSAGES = (
+    "could not create a memory",
+    "could not create a primitive",
+    "could not execute a primitive",
+    "bad_alloc",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,17 @@ def held_out_loss(trainer: Any) -> float:
     loss = tokens = 0.0
     was_training = model.training
     model.eval()
-    with torch.no_grad(), torch.random.fork_rng():
+    # Without a list every GPU's random state is taken, and a context made on those of the other processes.
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices):
         for first in range(0, len(own), size):
             batch = trainer.data_collator([rows[index] for index in own[first : first + size]])
             batch = {name: value.to(model.device) for name, value in batch.items()}
             with trainer.accelerator.autocast():
-                logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+                # On a GPU Unsloth leaves the trainer's model ready to generate: it would keep keys and values.
+                logits = model(
+                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+                ).logits
             loss += _summed_loss(logits, batch["labels"])
             tokens += int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
     model.train(was_training)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,13 @@ from pipeline.errors import MedcotError
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
-def import_unsloth() -> None:
-    """Unsloth patches transformers, trl and peft, so it has to be imported before them."""
+def import_unsloth(compiled: Path) -> None:
+    """Unsloth patches transformers, trl and peft, so it has to be imported before them.
+
+    On a GPU it writes modules that it generates into ``compiled``, where the user names no other folder; its own
+    choice, one in the current folder, two trainings at once would write over for each other.
+    """
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(compiled))
     try:
         import unsloth  # noqa: F401
     except ImportError as error:

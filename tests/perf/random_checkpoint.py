@@ -5,7 +5,7 @@
 Writes FOLDER/base (16-bit shards, or bitsandbytes NF4 with double quantization) and FOLDER/adapter (LoRA on the seven
 projections), a shard at a time: never more than one in memory. The weights are Gaussian as initialised ones; every
 shard repeats from a pool of random numbers, because drawing eight billion would take longer than the measurement. The
-vocabulary is made up (as many distinct tokens as the real one has, byte-level BPE without merges) unless --tokenizer
+vocabulary is made up (as many distinct tokens as the real one has, byte-level BPE of single letters) unless --tokenizer
 names a folder with Llama 3's; llama.cpp's converter, which knows vocabularies by their hash, takes no made-up one.
 """
 
@@ -29,15 +29,15 @@ CHATML = (
 )
 
 
-def configuration(layers: int) -> LlamaConfig:
-    """Llama-3.1-8B's config.json, but for the number of layers."""
+def configuration(layers: int, hidden: int = 4096, vocabulary: int = 128256) -> LlamaConfig:
+    """Llama-3.1-8B's config.json, but for the number of layers; a narrower one in its proportions (128 a head)."""
     return LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=hidden * 7 // 2,
         num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
+        num_attention_heads=hidden // 128,
+        num_key_value_heads=hidden // 512,
         max_position_embeddings=131072,
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,
@@ -72,9 +72,10 @@ def projections(config: LlamaConfig) -> dict[str, tuple[int, int]]:
 class Pool:
     """Gaussian numbers, drawn once and handed out from changing places."""
 
-    def __init__(self, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self._values = torch.randn(50_000_017, generator=generator, dtype=torch.float32).mul_(0.02).bfloat16()
+    def __init__(self, seed: int, device: str = "cpu") -> None:
+        generator = torch.Generator(device).manual_seed(seed)
+        values = torch.randn(50_000_017, generator=generator, dtype=torch.float32, device=device)
+        self._values = values.mul_(0.02).bfloat16()
         self._place = 0
 
     def take(self, *shape: int) -> torch.Tensor:
@@ -111,7 +112,8 @@ def _in_nf4(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: packed, **{f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}}
 
 
-def save_base(folder: Path, config: LlamaConfig, nf4: bool, seed: int = 0) -> None:
+def save_base(folder: Path, config: LlamaConfig, nf4: bool, seed: int = 0, device: str = "cpu") -> None:
+    """``device`` is where the weights are drawn and quantized: an 8B model in seconds on a GPU."""
     folder.mkdir(parents=True, exist_ok=True)
     index: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
@@ -120,11 +122,12 @@ def save_base(folder: Path, config: LlamaConfig, nf4: bool, seed: int = 0) -> No
     def flush() -> None:
         nonlocal shard, number, size
         name = f"model-{number:05}.safetensors"
-        save_file({key: value.contiguous() for key, value in shard.items()}, folder / name, metadata={"format": "pt"})
+        shard = {key: value.contiguous().cpu() for key, value in shard.items()}
+        save_file(shard, folder / name, metadata={"format": "pt"})
         index.update(dict.fromkeys(shard, name))
         shard, number, size = {}, number + 1, 0
 
-    for group in tensors(config, Pool(seed), nf4):
+    for group in tensors(config, Pool(seed, device), nf4):
         shard |= group
         size += sum(value.nbytes for value in group.values())
         if size > SHARD_BYTES:
@@ -165,18 +168,27 @@ def save_adapter(folder: Path, config: LlamaConfig, rank: int, seed: int = 1) ->
 
 
 def save_tokenizer(folder: Path, size: int) -> None:
-    """A vocabulary of ``size`` tokens in Llama 3's manner: its words, no merges, two control tokens."""
+    """A vocabulary of ``size`` tokens in Llama 3's manner: its words, three control tokens, and one merge.
+
+    It joins the bytes 0 and 1, which no text has: llama.cpp loads no such vocabulary without any.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    controls = ["<|im_start|>", "<|im_end|>"]
-    words = [*alphabet, *(f"Ġfiller{number:x}" for number in range(size - len(alphabet) - len(controls)))]
-    tokenizer = Tokenizer(models.BPE(vocab={word: number for number, word in enumerate(words)}, merges=[]))
+    controls = ["<|im_start|>", "<|im_end|>", "<|padding|>"]
+    merge = ("Ā", "ā")
+    fillers = (f"Ġfiller{number:x}" for number in range(size - len(alphabet) - 1 - len(controls)))
+    words = [*alphabet, "".join(merge), *fillers]
+    tokenizer = Tokenizer(models.BPE(vocab={word: number for number, word in enumerate(words)}, merges=[merge]))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in controls])
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=controls[0], eos_token=controls[1], chat_template=CHATML
+        tokenizer_object=tokenizer,
+        bos_token=controls[0],
+        eos_token=controls[1],
+        pad_token=controls[2],
+        chat_template=CHATML,
     ).save_pretrained(folder)
 
 
