@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -15,6 +16,10 @@ SHARED_TOKENIZERS = ROOT.parent / "shared" / "tokenizers"
 sys.path[:0] = [str(Path(__file__).parent / each) for each in ("", "gpu", "perf")]
 # What the chat remembers of its user (the disclaimer was shown) stays out of the home of who runs the tests.
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="medcot-tests-state-")
+# A shell makes what it starts in the background deaf to Ctrl-C and Ctrl-\, and the programs under test inherit that.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 def shared_tokenizer(name: str) -> Path:

@@ -1,6 +1,6 @@
 """The notebooks as files: valid, without outputs, alike, calling what exists; and what pipeline/notebook.py shows.
 
-tests/e2e/test_notebooks.py executes them.
+tests/e2e/test_notebooks_run.py executes them.
 """
 
 import json

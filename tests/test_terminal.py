@@ -282,7 +282,7 @@ def test_a_conversation_in_a_terminal(conversation: tuple[subprocess.Popen[bytes
     assert "holds no conversation" in say(f"/save {__file__}")
     assert "no command /nonsense" in say("/nonsense x")
     assert "Ctrl-\\" in say("/help")
-    # Between printing the prompt and waiting for keys Python's readline loses an interrupt: users press again.
+    # Python's readline may lose an interrupt between printing the prompt and waiting for keys: users press again.
     assert any(screen.interrupt_shows("/quit or Ctrl-D ends.") for _ in range(10))
     screen.wait_for("\r\n> ")
     screen.type("/quit")
