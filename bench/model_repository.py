@@ -7,6 +7,7 @@ HF_HUB_DISABLE_XET=0 asks for Xet all the same.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,8 @@ from pipeline.errors import MedcotError
 
 _TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 _CONFLICTS = (409, 412)
+_SECONDS_TO_ANSWER = 300
+_TIMEOUT = httpx.Timeout(_SECONDS_TO_ANSWER, connect=20)  # the library's own client waits for ever
 Result = TypeVar("Result")
 
 
@@ -105,7 +108,7 @@ class ModelRepository:
 
         def attempt() -> Any:
             try:
-                return self._api.model_info(self.name, revision=commit, files_metadata=True)
+                return self._api.model_info(self.name, revision=commit, files_metadata=True, timeout=_SECONDS_TO_ANSWER)
             except GatedRepoError:
                 raise
             except RepositoryNotFoundError:
@@ -156,7 +159,7 @@ class ModelRepository:
                 made = self._api.create_commit(
                     self.name, operations, commit_message=message, parent_commit=parent, num_threads=1
                 )
-            except httpx.TransportError as error:
+            except (httpx.TransportError, json.JSONDecodeError) as error:
                 raise Doubtful(str(_explained(self.name, error))) from error
             except HfHubHTTPError as error:
                 status = error.response.status_code
@@ -168,11 +171,13 @@ class ModelRepository:
         return str(made.oid)
 
     def _patiently(self, attempt: Callable[[], Result]) -> Result:
+        _end_waiting()
         return hub_files.with_retries(self.name, attempt, waits=self._waits, explained=_explained)
 
     @contextmanager
     def _explaining(self) -> Iterator[None]:
         """Errors of the hub become sentences; what the library logs of its retries stays out of the user's log."""
+        _end_waiting()
         log = logging.getLogger("huggingface_hub")
         level = log.level
         log.setLevel(logging.ERROR)
@@ -187,6 +192,13 @@ class ModelRepository:
             raise told from error
         finally:
             log.setLevel(level)
+
+
+def _end_waiting() -> None:
+    """Have the library's client give up a connection that nothing comes through any more."""
+    from huggingface_hub.utils import get_session
+
+    get_session().timeout = _TIMEOUT
 
 
 def _operation(upload: Upload) -> Any:
@@ -225,8 +237,22 @@ def _explained(name: str, error: Exception) -> Exception:
         return MedcotError(f"The hub does not answer ({detail}): the same command goes on with what is still missing.")
     if isinstance(cause, RepositoryNotFoundError):
         return _refused(name, 404, _said(cause))  # which the hub may call 401
+    if (
+        isinstance(cause, HfHubHTTPError)
+        and cause.response.status_code == 403
+        and cause.response.request.method == "PUT"  # a piece to the storage, not a request to the hub
+    ):
+        return MedcotError(
+            "The hub's storage does not take the upload any more (403): its signed address may have run out. The same "
+            "command begins this file again; HF_HUB_DISABLE_XET=0 keeps pieces of it."
+        )
     if isinstance(cause, HfHubHTTPError):
         return _refused(name, cause.response.status_code, _said(cause))
+    if isinstance(error, json.JSONDecodeError):
+        return MedcotError(
+            "The hub's answer cannot be read (trouble of its own, or a login page in between): later the same command "
+            "goes on."
+        )
     if isinstance(error, ValueError):
         return MedcotError(f"The hub refused what was sent to {name}: {' '.join(str(error).split())}")
     return error

@@ -44,8 +44,8 @@ class PrivatePaths:
             if path.startswith("/") and path.count("/") > 1 and len(path) >= _LEAST_BYTES
         ]
         roots = "|".join([*map(re.escape, self._folders), *_OTHER_MACHINES])
-        # Not inside a longer path or an address: https://host/home/page names no folder.
-        self._path = re.compile(rf"(?<![\w.~:/-])(?:{roots})(?![\w.-]){_REST}")
+        # Not inside a longer path or an address (https://host/home/page names no folder), and not </root>, a tag's end.
+        self._path = re.compile(rf"(?<![\w.~/<-])(?:file://)?(?:{roots})(?![\w.-]){_REST}")
 
     def shortened(self, text: str) -> str:
         for name in self._given:

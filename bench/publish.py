@@ -3,7 +3,7 @@
 Large files go first, one after the other, into the hub's storage, where nobody sees them; then one commit shows all of
 them together, so no reader meets a model card whose GGUF is missing. The same command goes on after an interruption:
 what is there with the same hash is not sent again. Visibility is never changed, and what medcot did not write is never
-deleted: medcot-publish.json in the repository says what it wrote.
+deleted (files of the same names are replaced; git keeps the old ones): medcot-publish.json there says what it wrote.
 """
 
 from __future__ import annotations
@@ -90,6 +90,8 @@ def publish(
         return _dry_run(repository, uploads, public)
     repository.check_token()
     before = repository.look()
+    # Before anything is made there.
+    _check_unchanged(uploads if before is None else before.missing(uploads))
     if before is None:
         repository.create(private=not public)
     stored = before or repository.look()
@@ -130,6 +132,13 @@ def _check_run(run: Run, unverified: bool) -> None:
         )
     if not is_verified(run.verified):
         raise GateFailed("The verification failed. To publish the run with that on its card: --unverified.")
+
+
+def _check_unchanged(uploads: Sequence[Upload]) -> None:
+    """Raises MedcotError for a file of the run that is not what its manifest says."""
+    for upload in uploads:
+        if not isinstance(upload.content, bytes) and sha256_file(upload.content) != upload.sha256:
+            raise MedcotError(f"{upload.content} was changed since the run made it: medcot run makes it again.")
 
 
 def _record(run_name: str, uploads: Sequence[Upload]) -> Upload:
@@ -178,13 +187,11 @@ def _written_before(repository: ModelRepository, stored: Stored) -> dict[str, tu
 
 
 def _send(repository: ModelRepository, upload: Upload, announce: Callable[[str], None]) -> None:
-    """Send a file of the run, proven to be what its manifest says; what was made here goes with the commit."""
+    """Send a file of the run; what was made here goes with the commit."""
     if isinstance(upload.content, bytes):
         return
     announce(f"{upload.path}: {byte_size(upload.size)}")
     before = upload.content.stat()
-    if sha256_file(upload.content) != upload.sha256:
-        raise MedcotError(f"{upload.content} was changed since the run made it: medcot run makes it again.")
     try:
         repository.send(upload)
     finally:

@@ -48,7 +48,8 @@ _ADAPTER_FILES = frozenset({
 _REWRITTEN = frozenset({ADAPTER_CONFIG, RECIPE_NAME, "tokenizer_config.json"})
 _HEAD_BYTES = 64 << 20  # a GGUF's metadata with a vocabulary of 128,256 tokens takes about 8 MB
 
-_LARGEST_IN_GIT = 10_000_000  # bytes; the hub keeps larger files in its storage, whatever they are
+# Bytes; above a limit of its own the hub keeps any file in its storage. Up to here both hashes are made.
+_LARGEST_IN_GIT = 32 << 20
 
 Kind = Literal["model card", "model", "adapter", "Ollama", "report", "record"]
 
@@ -97,7 +98,7 @@ def run_files(
     paths = PrivatePaths(config, run_dir)
     config, run = paths.config(config), paths.run(run)
     models = list(_models(run, run_dir, ggufs, all_ggufs))
-    ollama = list(_ollama(run_dir))
+    ollama = list(_ollama(run, run_dir))
     where = Repository(
         repository,
         tuple(upload.path for upload in models),
@@ -131,11 +132,9 @@ def _models(run: Run, run_dir: Path, wanted: Sequence[str], all_ggufs: bool) -> 
         yield _file(folder, records, name, name, "model")
 
 
-def _ollama(run_dir: Path) -> Iterator[Upload]:
+def _ollama(run: Run, run_dir: Path) -> Iterator[Upload]:
     path = run_dir / stage_named("export").folder / MODELFILE
-    if not path.is_file():
-        raise MedcotError(f"{path} is missing: medcot run writes it again.")
-    text = path.read_text(encoding="utf-8")
+    text = _unchanged(path, _records(run, "export").get(MODELFILE)).decode()
     for name, content in {MODELFILE: text, **hub_files(text)}.items():
         yield Upload.made(name, "Ollama", content)
 
@@ -145,7 +144,7 @@ def _adapter(run: Run, run_dir: Path, paths: PrivatePaths) -> Iterator[Upload]:
     for name in sorted(_ADAPTER_FILES & records.keys()):
         upload = _file(folder, records, name, f"{ADAPTER_FOLDER}/{name}", "adapter")
         if name in _REWRITTEN:
-            written = json.loads((folder / name).read_bytes())
+            written = json.loads(_unchanged(folder / name, records[name]))
             if (public := paths.shorten_all(written)) != written:
                 upload = Upload.made(upload.path, "adapter", json.dumps(public, indent=2, ensure_ascii=False) + "\n")
         yield upload
@@ -153,6 +152,14 @@ def _adapter(run: Run, run_dir: Path, paths: PrivatePaths) -> Iterator[Upload]:
 
 def _records(run: Run, stage: str) -> dict[str, FileRecord]:
     return {record.path: record for record in run.artifacts[stage].manifest.files}
+
+
+def _unchanged(path: Path, record: FileRecord | None) -> bytes:
+    """A small file's content; raises MedcotError when it is not what the run made."""
+    content = path.read_bytes() if path.is_file() else b""
+    if record is None or hashlib.sha256(content).hexdigest() != record.sha256:
+        raise MedcotError(f"{path} is missing or was changed since the run made it: medcot run makes it again.")
+    return content
 
 
 def _file(folder: Path, records: dict[str, FileRecord], name: str, path: str, kind: Kind) -> Upload:

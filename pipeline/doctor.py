@@ -23,7 +23,10 @@ _LLAMA_PROBE = (
     "import llama_cpp; llama_cpp.llama_backend_init(); print(llama_cpp.llama_supports_gpu_offload());"
     "print(llama_cpp.llama_print_system_info().decode())"
 )
-_LLAMA_AGAIN = "pip install --no-deps --force-reinstall --no-cache-dir llama-cpp-python"
+_LLAMA_AGAIN = (
+    "pip install --no-deps --force-reinstall --no-cache-dir $(grep ^llama_cpp_python== "
+    f"{Path(__file__).resolve().parent.parent / 'requirements-cpu.txt'})"
+)
 _SECONDS_TO_ANSWER = 3
 # scripts/setup.sh keeps the PyTorch that is there; a bare pip install may not.
 _BESIDE_TORCH = f"bash {Path(__file__).resolve().parent.parent / 'scripts' / 'setup.sh'}"

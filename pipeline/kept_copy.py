@@ -41,10 +41,10 @@ def kept_copy(
     Begins with the copy of an earlier session when ``run_dir`` is empty. What cannot be copied is told and does not
     stop the run; raises MedcotError when an earlier session's copy cannot be read.
     """
-    if keep is None:
+    copy = None if keep is None else keep / run_dir.name
+    if copy is None or copy.resolve() == run_dir.resolve():  # a run that lives there is its own copy
         yield
         return
-    copy = keep / run_dir.name
     bring_back(copy, run_dir, announce)
     ended = threading.Event()
 
@@ -76,7 +76,11 @@ def bring_back(copy: Path, run_dir: Path, announce: Callable[[str], None]) -> No
         return
     announce(f"keep: going on from {copy}")
     try:
-        shutil.copytree(copy, run_dir, dirs_exist_ok=True, ignore=shutil.ignore_patterns(_CONFIG_NAME, "*.tmp"))
+        for folder in (path for path in copy.iterdir() if path.is_dir()):
+            # Neither: the machine went while its first files were copied; run.py would take them for someone else's.
+            if (folder / MANIFEST_NAME).is_file() or (folder / IN_PROGRESS_NAME).is_file():
+                ignore = shutil.ignore_patterns("*.tmp")
+                shutil.copytree(folder, run_dir / folder.name, dirs_exist_ok=True, ignore=ignore)
         shutil.copyfile(copy / _CONFIG_NAME, run_dir / _CONFIG_NAME)
     except (OSError, shutil.Error) as error:
         raise MedcotError(
@@ -112,16 +116,19 @@ def _copy_artifact(folder: Path, copy: Path) -> None:
 
 def _copy_unfinished(folder: Path, copy: Path) -> None:
     """What an interrupted stage goes on from: its checkpoints and the small files beside them."""
-    if not _copy_checkpoints(folder / CHECKPOINTS_NAME, copy / CHECKPOINTS_NAME):
-        return
+    if not any((path / SEAL_NAME).is_file() for path in newest_first(folder / CHECKPOINTS_NAME)):
+        return  # nothing to go on from yet: what an earlier session left in the copy stays
+    # First, because without it the checkpoints of a copy that is cut off belong to nothing.
+    _copy_file(folder / IN_PROGRESS_NAME, copy / IN_PROGRESS_NAME)
+    _copy_checkpoints(folder / CHECKPOINTS_NAME, copy / CHECKPOINTS_NAME)
     for path in folder.iterdir():
         if path.is_file() and not path.name.endswith(WORKING_SUFFIXES):
             _copy_file(path, copy / path.name)
     (copy / MANIFEST_NAME).unlink(missing_ok=True)
 
 
-def _copy_checkpoints(checkpoints: Path, copy: Path) -> bool:
-    """Make the copy hold the sealed checkpoints, the newest first, and no others; False when there are none.
+def _copy_checkpoints(checkpoints: Path, copy: Path) -> None:
+    """Make the copy hold the sealed checkpoints, the newest first, and no others.
 
     A seal holds its checkpoint's hashes, so an equal seal says that the checkpoint is there; it is copied last.
     """
@@ -137,7 +144,6 @@ def _copy_checkpoints(checkpoints: Path, copy: Path) -> bool:
     for former in newest_first(copy):
         if former.name not in {path.name for path in sealed}:
             shutil.rmtree(former)
-    return bool(sealed)
 
 
 def _same(first: Path, second: Path) -> bool:

@@ -124,7 +124,7 @@ def use_scratch(platform: Platform, environ: MutableMapping[str, str]) -> None:
     """
     if platform.scratch is None:
         return
-    places = {"MEDCOT_CACHE": "medcot", "TMPDIR": "tmp"}
+    places = {"MEDCOT_CACHE": "cache", "TMPDIR": "tmp"}
     if "HF_HOME" not in environ:
         places |= {"HF_HUB_CACHE": "hub", "HF_XET_CACHE": "xet", "HF_DATASETS_CACHE": "datasets"}
     for variable, name in places.items():
@@ -150,7 +150,7 @@ def _kaggle(environ: Mapping[str, str], root: Path) -> Platform:
 
 def _colab(environ: Mapping[str, str], root: Path) -> Platform:
     drive = root / "content/drive/MyDrive"
-    mounted = drive.is_dir()
+    mounted = os.access(drive, os.W_OK)  # a mount that has dropped is none; Path.is_dir would raise
     return Platform(
         name=COLAB.name,
         service=COLAB,
@@ -172,6 +172,8 @@ def why_no_index(platform: Platform, environ: Mapping[str, str]) -> str | None:
     from urllib.parse import urlsplit
 
     index = urlsplit(environ.get("PIP_INDEX_URL") or _INDEX)
+    if not index.hostname:
+        return None  # a folder on this machine
     host, port = index.hostname or "", index.port or (80 if index.scheme == "http" else 443)
     try:
         socket.create_connection((host, port), _SECONDS_TO_ANSWER).close()

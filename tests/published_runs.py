@@ -77,6 +77,8 @@ def writable_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **account: Any
     account = {"name": "ann", "organizations": ("clinic",), **account}
     with HubServer(root=tmp_path / "hub", accounts={TOKEN: Account(**account)}, part_bytes=PART_BYTES) as hub:
         monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+        monkeypatch.delenv("MEDCOT_RUNS", raising=False)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
         monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(tmp_path / "no-tokens"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

@@ -16,6 +16,7 @@ from huggingface_hub import constants, snapshot_download
 from published_runs import F16, MODEL_BYTES, adapter_files, finished_run, writable_hub
 from test_report import BASE, TUNED, measurements
 
+from bench.private_paths import PrivatePaths
 from bench.publish import RECORD_PATH, publish
 from chat import space_app
 from chat.space import write_space
@@ -206,7 +207,9 @@ def test_nothing_of_this_machine_is_published(hub: HubServer, tmp_path: Path) ->
     results["prepare"] = results["prepare"].model_copy(update={"source": data})
     results["train"] = results["train"].model_copy(update={"base": base})
     results["export"] = results["export"].model_copy(
-        update={"warnings": [f"{base} lacks a tensor; see /home/bea/notes and {tmp_path}/run/gguf."]}
+        update={
+            "warnings": [f"{base} lacks a tensor; see:/home/bea/notes, file:///home/bea/it and {private}/run/gguf."]
+        }
     )
     run_dir = finished_run(private / "run", config, results, base=base)
     publish("ann/gout", run_dir)
@@ -216,10 +219,15 @@ def test_nothing_of_this_machine_is_published(hub: HubServer, tmp_path: Path) ->
     for name in ("adapter/adapter_config.json", "adapter/medcot.json", "report/report.json"):
         assert "my_base" in text(hub, name)
     assert (
-        "my_base lacks a tensor; see notes and gguf"
+        "my_base lacks a tensor; see:notes, it and gguf"
         in json.loads(text(hub, "report/report.json"))["exported"]["warnings"][0]
     )
     assert '"/root"' in text(hub, "adapter/tokenizer.json")
+
+
+@pytest.mark.parametrize("plain", ["Put it in <content></content>.", "</root></tmp>", "https://x.org/home/bea/page"])
+def test_what_only_looks_like_a_folder_stays(tmp_path: Path, plain: str) -> None:
+    assert PrivatePaths(Config.model_validate({"name": "run"}), tmp_path / "run").shortened(plain) == plain
 
 
 def test_a_gguf_that_names_a_folder_is_refused(hub: HubServer, tmp_path: Path) -> None:

@@ -159,7 +159,12 @@ def test_a_changed_file_is_not_published(hub: HubServer, run_dir: Path) -> None:
     gguf.write_bytes(whole[:-1])
     with pytest.raises(MedcotError, match=f"{TUNED} is missing or was changed"):
         publish("ann/gout", run_dir)
-    assert not hub.commits
+    gguf.write_bytes(whole)
+    adapter = run_dir / "adapter" / "adapter_config.json"
+    adapter.write_text(adapter.read_text().replace('"r": 4', '"r": 8'))
+    with pytest.raises(MedcotError, match=r"adapter_config\.json is missing or was changed"):
+        publish("ann/gout", run_dir)
+    assert not hub.repositories
 
 
 def test_a_file_that_changes_while_it_is_sent(hub: HubServer, run_dir: Path) -> None:
@@ -221,7 +226,7 @@ def test_a_commit_of_someone_else_in_between_is_kept(hub: HubServer, run_dir: Pa
     def again() -> None:
         nonlocal count
         count += 1
-        hub.change("ann/gout", "by hand", {"notes.md": str(count).encode()})
+        hub.change("ann/gout", "by hand", {"notes.md": b"x" * count})
 
     hub.misbehave_in_writing(WriteFault("commit", times=None, before=again))
     with pytest.raises(MedcotError, match=r"Someone else writes to ann/gout all the time \(412\)"):
@@ -236,6 +241,7 @@ def test_a_commit_of_someone_else_in_between_is_kept(hub: HubServer, run_dir: Pa
             r"no room for this \(403\). It says: Private repository storage limit reached",
         ),
         broad(WriteFault("part", status=507), r"no room for this \(507\)"),
+        (WriteFault("part", times=None, status=403), r"signed address may have run out"),
         (WriteFault("commit", status=413, message="too much"), r"no room for this \(413\). It says: too much"),
         (WriteFault("part", times=None, status=500), r"has trouble of its own \(500\).+the same command goes on"),
         broad(

@@ -34,9 +34,12 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("git is not installed")
     folder = tmp_path_factory.mktemp("repository")
     shutil.copytree(
-        ROOT, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".git", ".venv", "runs", ".*_cache")
+        ROOT,
+        folder,
+        dirs_exist_ok=True,
+        ignore=shutil.ignore_patterns(".git", ".venv", "runs", "tmp", ".hypothesis", ".*_cache"),
     )
-    identity = ["-c", "user.name=medcot", "-c", "user.email=tests@localhost"]
+    identity = ["-c", "user.name=medcot", "-c", "user.email=tests@localhost", "-c", "commit.gpgsign=false"]
     for command in (["init", "--quiet"], ["add", "--all"], [*identity, "commit", "--quiet", "--message", "as it is"]):
         subprocess.run(["git", "-C", folder, *command], check=True)
     return folder
@@ -61,7 +64,9 @@ def execute(name: str, folder: Path, repository: Path, keep: Path) -> dict[str, 
     }
     folder.mkdir()
     book = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
-    client = nbclient.NotebookClient(book, timeout=1200, resources={"metadata": {"path": str(folder)}})
+    client = nbclient.NotebookClient(
+        book, timeout=1200, startup_timeout=300, iopub_timeout=60, resources={"metadata": {"path": str(folder)}}
+    )
     client.execute(env=environ)
     return {cell.id: "".join(map(shown, cell.outputs)) for cell in book.cells if cell.cell_type == "code"}
 
@@ -84,7 +89,7 @@ def test_kaggles_notebook_makes_a_run_and_shows_it(machines: dict[str, dict[str,
     assert f"{NAME}-Q4_K_M.gguf" in unescape(shows["report"]) and shows["report"].startswith("<div><iframe srcdoc=")
     assert f"href='runs/{NAME}/gguf/{NAME}-Q4_K_M.gguf'" in shows["download"]
     assert shows["publish"] == ""
-    assert len(shows["ask"].split()) > 20, shows["ask"]
+    assert " tokens in " in shows["ask"], shows["ask"]
 
 
 def test_colabs_notebook_goes_on_from_the_copy_of_a_session_that_is_gone(machines: dict[str, dict[str, str]]) -> None:
@@ -92,4 +97,4 @@ def test_colabs_notebook_goes_on_from_the_copy_of_a_session_that_is_gone(machine
     assert "has no Google Drive to mount" in shows["drive"]
     assert "keep: going on from" in shows["run"] and "Everything is up to date" in shows["run"], shows["run"][-3000:]
     assert shows["report"] == machines["kaggle"]["report"]
-    assert len(shows["ask"].split()) > 20, shows["ask"]
+    assert " tokens in " in shows["ask"], shows["ask"]
