@@ -28,7 +28,7 @@ from pipeline.prepare import TRAIN_FILE, load_examples
 from pipeline.processes import run_as_child
 from pipeline.prompts import ChatFormat
 from pipeline.run import load_run_config, stage_inputs, stage_named
-from pipeline.training.lora_model import import_unsloth
+from pipeline.training.lora_model import adapter_in_float32, import_unsloth
 from pipeline.vocabulary import TransformersVocabulary
 
 Way = Literal["medcot", "unsloth", "trl"]
@@ -177,7 +177,7 @@ def _train(model: Any, config: Config, run_dir: Path, out_dir: Path, **trainer_s
         # TRL 1.15's own loss needs Triton, which is not there on a CPU; this is the model's, from all logits.
         SFTTrainer.compute_loss = Trainer.compute_loss
         ours["optim"] = "adamw_torch_fused"  # what Unsloth puts in place of 8-bit optimizers there
-    SFTTrainer(
+    trainer = SFTTrainer(
         model=model,
         args=SFTConfig(**ours),
         train_dataset=Dataset.from_list(rows),
@@ -185,7 +185,10 @@ def _train(model: Any, config: Config, run_dir: Path, out_dir: Path, **trainer_s
         data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
         callbacks=[clock],
         **trainer_settings,
-    ).train()
+    )
+    if ours["fp16"]:
+        adapter_in_float32(trainer.model)  # TRL makes it bfloat16, which float16's GradScaler cannot take
+    trainer.train()
     return clock.rows
 
 

@@ -82,7 +82,8 @@ def autocast_asked_of(device: str) -> Iterator[None]:
     """``torch.is_autocast_enabled()`` without an argument means ``device``, and not CUDA.
 
     peft and Unsloth ask so before they compute an adapter. On the CPU they hear no, and widen input and output of every
-    adapted layer to the adapter's 32 bit, which autocast narrows again: the same numbers for more time and memory.
+    adapted layer to the adapter's 32 bit, which autocast narrows again: but for dropout the same numbers, for more time
+    and memory.
     """
     import torch
 

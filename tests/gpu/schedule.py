@@ -66,6 +66,7 @@ class Running:
 
     def over(self) -> bool:
         if self.process.poll() is not None:
+            self.end()  # what it has started and left
             return True
         if time.monotonic() < self.deadline:
             return False
@@ -103,7 +104,8 @@ class Suite:
             return self._run()
         finally:
             for running in self._preparing.values():
-                running.end()
+                if running.process.returncode is None:
+                    running.end()
 
     def _run(self) -> list[PartResult]:
         runnable = []

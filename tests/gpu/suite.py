@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _collect_logs(work: Path, out: Path) -> None:
     """One file: a machine that is only lent may give few back."""
-    logs = sorted([*work.glob("parts/*/log.txt"), *work.glob("*.log")])
+    logs = sorted([*work.rglob("log.txt"), *work.glob("*.log")])
     texts = [f"==== {log.relative_to(work)}\n{log.read_text(errors='replace')}" for log in logs]
     write_text(out, "\n".join(texts))
 

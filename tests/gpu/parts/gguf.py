@@ -14,7 +14,7 @@ from bench.speed import probe
 from bench.speed_probe import ProbeRequest
 from bench.statistics import percentile
 from pipeline.errors import MedcotError
-from pipeline.hardware import usable_cores
+from pipeline.hardware import hide_gpu, usable_cores
 from pipeline.results import Speed
 
 _BUILT, _REASON = "llama-cuda", "llama-cuda-reason.txt"
@@ -51,7 +51,7 @@ def measure(recorder: Recorder) -> None:
     built = request.work / _BUILT
     if not built.is_dir():
         reason_file = request.work / _REASON
-        reason = reason_file.read_text() if reason_file.is_file() else "its time was up"
+        reason = reason_file.read_text() if reason_file.is_file() else "its preparation was not finished, see the log"
         if not request.rehearse:
             raise Skipped(f"not built: {reason}")
     else:
@@ -59,6 +59,8 @@ def measure(recorder: Recorder) -> None:
     gguf = _gguf(request)
     speeds: dict[str, Speed] = {}
     for name, layers in _LAYERS.items():
+        if layers == 0:
+            hide_gpu()  # a CUDA build would read prompts there all the same
         speeds[name] = probe(_request(gguf, layers, request.rehearse))
         recorder.figure(f"prompt, {name}", percentile(speeds[name].prompt_tokens_per_second, 0.5), "tokens/s")
         recorder.figure(f"generation, {name}", percentile(speeds[name].generated_tokens_per_second, 0.5), "tokens/s")
