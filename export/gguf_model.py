@@ -65,9 +65,7 @@ class GgufModel:
                 verbose=False,
             )
         except (ValueError, RuntimeError) as error:
-            on_gpu = (
-                " Or the GPU lacks room: CUDA_VISIBLE_DEVICES= keeps it on the CPU." if n_gpu_layers else ""
-            )
+            on_gpu = " Or the GPU lacks room: CUDA_VISIBLE_DEVICES= keeps it on the CPU." if n_gpu_layers else ""
             raise MedcotError(
                 f"{path} cannot be loaded by llama.cpp ({error}): it is truncated, damaged, or of an "
                 f"architecture this llama-cpp-python does not know. Download or export it again.{on_gpu}"
