@@ -25,7 +25,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 
 from bench.speed import machine_name
 from bench.statistics import percentile
@@ -240,7 +240,7 @@ def _machine(folder: Path) -> str:
 
 def print_comparison(comparison: TrainingComparison, *, on_error: bool = False) -> None:
     """One row a way, medians and the range of the repeats, on standard output or standard error."""
-    table = Table("training by", "tokens/s", "over Unsloth directly", "peak memory, MB", "GPU, MB")
+    table = Table(Column("training by", no_wrap=True), "tokens/s", "over Unsloth", "memory, MB", "GPU, MB")
     for each in comparison.ways:
         table.add_row(
             NAMES[each.way],
