@@ -168,12 +168,10 @@ def _driver(hardware: Hardware) -> Finding:
 
 def driver_versions() -> tuple[str, str] | None:
     """The NVIDIA driver's version and the newest CUDA it runs, as nvidia-smi's heading tells; None without one."""
-    if not shutil.which("nvidia-smi"):
-        return None
-    told = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False)
-    driver = re.search(r"Driver Version:\s*([\d.]+)", told.stdout)
-    cuda = re.search(r"CUDA (?:UMD )?Version:\s*([\d.]+)", told.stdout)
-    return (driver[1], cuda[1]) if told.returncode == 0 and driver and cuda else None
+    heading = platforms.nvidia_smi() or ""
+    driver = re.search(r"Driver Version:\s*([\d.]+)", heading)
+    cuda = re.search(r"CUDA (?:UMD )?Version:\s*([\d.]+)", heading)
+    return (driver[1], cuda[1]) if driver and cuda else None
 
 
 def _hub(platform: Platform) -> Finding:

@@ -107,14 +107,23 @@ def no_gpu_sentence(environ: Mapping[str, str], root: Path = Path("/")) -> str:
     return "this session has no GPU" + (", and medcot does not use its TPU" if tpu else "")
 
 
-def driver_answers() -> bool:
-    """Whether there is an NVIDIA driver at work."""
+def nvidia_smi(*arguments: str) -> str | None:
+    """What the NVIDIA driver's own tool answers; None where there is none, or where it fails.
+
+    PyTorch, asked instead, would keep memory of the GPU for as long as this process lives.
+    """
     import shutil  # here, because every command imports this module
     import subprocess
 
     if not shutil.which("nvidia-smi"):
-        return False
-    return subprocess.run(["nvidia-smi"], capture_output=True, check=False).returncode == 0
+        return None
+    told = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, check=False)
+    return told.stdout if told.returncode == 0 else None
+
+
+def driver_answers() -> bool:
+    """Whether there is an NVIDIA driver at work."""
+    return nvidia_smi() is not None
 
 
 def use_scratch(platform: Platform, environ: MutableMapping[str, str]) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from pipeline.platforms import nvidia_smi
 from pipeline.sweep_process import ExperimentProcess
 
 _POLL_SECONDS = 0.2
@@ -23,11 +22,8 @@ def gpu_slots() -> list[Environment]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         devices = [device for device in visible.split(",") if device.strip()]
-    elif shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
-        devices = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
     else:
-        devices = []
+        devices = (nvidia_smi("--query-gpu=uuid", "--format=csv,noheader") or "").split()
     return [{"CUDA_VISIBLE_DEVICES": device} for device in devices] if len(devices) > 1 else [{}]
 
 

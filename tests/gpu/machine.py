@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import psutil
 
 from bench.gpu_results import GpuMachine
 from pipeline.hardware import cpu_name, usable_cores
+from pipeline.platforms import nvidia_smi
 
 ROOT = Path(__file__).resolve().parents[2]
 _GPU_FIELDS = "name,memory.total,driver_version,compute_cap"
@@ -22,12 +22,7 @@ def compute_capability() -> str | None:
 
 
 def _first_gpu() -> list[str] | None:
-    """Asked of the driver's own tool: PyTorch would keep memory of the GPU for as long as this process lives."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    query = ["nvidia-smi", f"--query-gpu={_GPU_FIELDS}", "--format=csv,noheader,nounits"]
-    answer = subprocess.run(query, capture_output=True, text=True, check=False)
-    return parse_gpu(answer.stdout) if answer.returncode == 0 else None
+    return parse_gpu(nvidia_smi(f"--query-gpu={_GPU_FIELDS}", "--format=csv,noheader,nounits") or "")
 
 
 def parse_gpu(text: str) -> list[str] | None:
