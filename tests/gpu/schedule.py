@@ -1,6 +1,7 @@
 """Runs parts, each in a process of its own and within its time.
 
-Those whose figures need a quiet GPU run alone; the others together, beside what has to be prepared for the former.
+Those whose figures need a quiet GPU run alone; the others together, as many as its memory holds, next to what has to be
+prepared for the former. When the time does not suffice for all, the least important are left out, and it is said.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ ROOT = HERE.parents[1]
 _TO_END = 5.0  # seconds, to write the document
 _POLL = 0.1
 _PREPARATION_SECONDS = 330.0
+_REHEARSED_AT_ONCE = 2
 _REHEARSAL_PATIENCE = 5.0  # times the seconds: a CPU that others use too
 _TRAINING = ("unsloth", "unsloth_zoo", "trl", "peft", "bitsandbytes", "datasets")
 _LLAMA = ("llama_cpp", "gguf")
@@ -32,26 +34,77 @@ _LLAMA = ("llama_cpp", "gguf")
 
 @dataclass(frozen=True)
 class Part:
-    """``seconds`` is the most it gets, ``least`` what it needs to be begun at all; ``needs`` are modules to import."""
+    """``seconds`` is the most it gets, ``least`` what it needs to be begun at all; ``needs`` are modules to import.
+
+    ``importance`` orders what is left out when time is short (1 last); ``gpu_gb`` is what it takes of the GPU's memory.
+    A part that is ``asked`` for runs only when it is named.
+    """
 
     name: str
     title: str
     seconds: float
     least: float
     needs: tuple[str, ...]
+    importance: int = 1
+    gpu_gb: float = 0.0
     alone: bool = False
     prepares: bool = False
+    asked: bool = False
     module: str = ""  # default: parts.<name>
 
 
+_PIPELINE = (*_TRAINING, *_LLAMA, "rouge_score", "sacrebleu", "ftfy")
 PARTS = (
-    Part("preset", "embedded preset end to end", 250, 60, (*_TRAINING, *_LLAMA, "rouge_score", "sacrebleu", "ftfy")),
-    Part("agreement", "loss of Unsloth and of TRL + PEFT, SmolLM2-135M", 150, 40, _TRAINING),
-    Part("resume", "resume after kill -9", 150, 40, _TRAINING),
-    Part("training", "8B in NF4, training speed", 330, 60, _TRAINING, alone=True, prepares=True),
-    Part("gguf", "8B Q4_K_M, layers offloaded", 90, 15, _LLAMA, alone=True, prepares=True),
+    Part("preset", "embedded preset end to end", 250, 60, _PIPELINE, 4, 4),
+    Part("agreement", "loss of Unsloth and of TRL + PEFT, SmolLM2-135M", 150, 40, _TRAINING, 8, 4),
+    Part("resume", "resume after kill -9", 150, 40, _TRAINING, 7, 8),
+    Part("t4", "8B in NF4 as a T4 trains it: float16, 2 x 2,048, 15 GB", 220, 60, _TRAINING, 1, 15),
+    Part("sixteen_bit", "8B stored in 16 bit, quantized while loading", 240, 90, _TRAINING, 5, 26),
+    Part("auto_batch", "8B with batch_size=auto under 8 GB", 220, 60, _TRAINING, 6, 16),
+    Part("two_ranks", "two ranks on one GPU, SmolLM2-135M", 180, 40, _TRAINING, 10, 8),
+    Part("tinyllama", "TinyLlama-1.1B's shape with dropout as a T4 trains it", 200, 60, _TRAINING, 12, 15),
+    Part("training", "8B in NF4, training speed", 240, 120, _TRAINING, 2, 20, alone=True, prepares=True),
+    Part("unequal", "8B in NF4, rows of unequal length", 100, 50, _TRAINING, 9, 20, alone=True, prepares=True),
+    Part("gguf", "8B Q4_K_M under llama.cpp with CUDA", 110, 40, _LLAMA, 3, 8, alone=True, prepares=True),
+    Part("answers", "8B answers: 4 bit under transformers and llama.cpp", 100, 40, _TRAINING, 11, 12, alone=True),
+    Part("build", "CUDA build of llama.cpp", 570, 60, (), alone=True, asked=True),
+    Part("eight_b", "8B through every stage, next to its plan", 560, 240, _PIPELINE, 1, 30, alone=True, asked=True),
 )
-_ON_THE_SMALL_MODEL = frozenset({"preset", "agreement", "resume"})
+_ON_THE_SMALL_MODEL = frozenset({"preset", "agreement", "resume", "two_ranks"})
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how the parts run; ``gpu_bytes`` is the GPU's memory, None where there is no GPU or it is not known.
+
+    ``source`` and ``built`` are llama-cpp-python's source distribution and the folder of its CUDA build.
+    """
+
+    work: Path
+    out: Path
+    seconds: float
+    rehearse: bool = False
+    source: Path | None = None
+    built: Path | None = None
+    gpu_bytes: int | None = None
+
+
+def least_seconds(parts: Sequence[Part], gpu_bytes: int | None) -> float:
+    """What ``parts`` need in all: those that run together as long as the longest, or as the GPU's memory makes them
+    wait for each other."""
+    together = [part for part in parts if not part.alone]
+    in_turn = sum(part.least * part.gpu_gb for part in together) * 1e9 / gpu_bytes if gpu_bytes else 0.0
+    longest = max((part.least for part in together), default=0.0)
+    return max(longest, in_turn) + sum(part.least for part in parts if part.alone)
+
+
+def most_important(parts: Sequence[Part], seconds: float, gpu_bytes: int | None) -> list[Part]:
+    """Those of ``parts`` that fit into ``seconds``, the more important ones taken first."""
+    chosen: list[Part] = []
+    for part in sorted(parts, key=lambda part: part.importance):
+        if least_seconds([*chosen, part], gpu_bytes) <= seconds:
+            chosen.append(part)
+    return chosen
 
 
 @dataclass
@@ -82,20 +135,12 @@ class Running:
 
 
 class Suite:
-    """Runs ``parts`` for at most ``seconds`` and calls ``told`` with all results whenever one more is there."""
+    """Runs ``parts`` for at most ``setting.seconds``; ``told`` gets all results whenever one more is there."""
 
-    def __init__(
-        self,
-        parts: Sequence[Part],
-        work: Path,
-        seconds: float,
-        rehearse: bool,
-        source: Path | None,
-        told: Callable[[list[PartResult]], None],
-    ) -> None:
-        self._parts, self._work, self._rehearse, self._source, self._told = parts, work, rehearse, source, told
-        self._patience = _REHEARSAL_PATIENCE if rehearse else 1.0
-        self._deadline = time.monotonic() + seconds * self._patience - _TO_END
+    def __init__(self, parts: Sequence[Part], setting: Setting, told: Callable[[list[PartResult]], None]) -> None:
+        self._parts, self._setting, self._told = parts, setting, told
+        self._patience = _REHEARSAL_PATIENCE if setting.rehearse else 1.0
+        self._deadline = time.monotonic() + setting.seconds * self._patience - _TO_END
         self._results: dict[str, PartResult] = {}
         self._preparing: dict[str, Running] = {}
 
@@ -110,11 +155,12 @@ class Suite:
     def _run(self) -> list[PartResult]:
         runnable = []
         for part in self._parts:
-            missing = missing_for(part, self._rehearse)
+            missing = missing_for(part, self._setting.rehearse)
             if missing:
                 self._add(skipped(part, f"not installed: {', '.join(missing)}"))
             else:
                 runnable.append(part)
+        runnable = self._without_the_least_important(runnable)
         for part in runnable:
             if part.prepares:
                 seconds = min(_PREPARATION_SECONDS * self._patience, self._left())
@@ -123,8 +169,12 @@ class Suite:
         alone = [part for part in runnable if part.alone]
         # What comes later must get its turn.
         self._run_together(together, reserve=sum(part.least for part in alone))
-        for index, part in enumerate(alone):
-            reserve = sum(later.least for later in alone[index + 1 :])
+        while alone:
+            alone = self._without_the_least_important(alone)
+            if not alone:
+                break
+            part, *alone = alone
+            reserve = sum(later.least for later in alone)
             self._wait_for_preparation(part, reserve)
             self._run_together([part], reserve)
         return self._sorted()
@@ -132,20 +182,40 @@ class Suite:
     def _left(self) -> float:
         return self._deadline - time.monotonic()
 
-    def _run_together(self, parts: Sequence[Part], reserve: float) -> None:
-        running: dict[Part, Running] = {}
+    def _without_the_least_important(self, parts: Sequence[Part]) -> list[Part]:
+        left, gpu_bytes = self._left(), self._setting.gpu_bytes
+        chosen = most_important(parts, left, gpu_bytes)
         for part in parts:
-            seconds = min(part.seconds * self._patience, self._left() - reserve)
-            if seconds < part.least:
-                self._add(skipped(part, f"{max(0, seconds):.0f} s were left, and it needs {part.least:.0f}"))
-            else:
-                running[part] = self._start(part, seconds)
-        while running:
+            if part not in chosen:
+                others = least_seconds(chosen, gpu_bytes)
+                beside = f" next to the {others:.0f} s of more important parts" if chosen else ""
+                self._add(skipped(part, f"{too_little(part, left)}{beside}; --only {part.name} runs it by itself"))
+        return [part for part in parts if part in chosen]
+
+    def _run_together(self, parts: Sequence[Part], reserve: float) -> None:
+        waiting, running = list(parts), dict[Part, Running]()
+        while waiting or running:
+            while waiting and self._has_room(waiting[0], running):
+                part = waiting.pop(0)
+                seconds = min(part.seconds * self._patience, self._left() - reserve)
+                if seconds < part.least:
+                    self._add(skipped(part, too_little(part, seconds)))
+                else:
+                    running[part] = self._start(part, seconds)
             for part, its in list(running.items()):
                 if its.over():
                     self._add(found(part, its))
                     del running[part]
             time.sleep(_POLL)
+
+    def _has_room(self, part: Part, running: Iterable[Part]) -> bool:
+        others = list(running)
+        if not others:
+            return True
+        if self._setting.rehearse:
+            return len(others) < _REHEARSED_AT_ONCE
+        taken = sum(each.gpu_gb for each in [*others, part]) * 1e9
+        return self._setting.gpu_bytes is None or taken <= self._setting.gpu_bytes
 
     def _wait_for_preparation(self, part: Part, reserve: float) -> None:
         preparation = self._preparing.get(part.name)
@@ -157,18 +227,20 @@ class Suite:
 
     def _start(self, part: Part, seconds: float, prepare: bool = False) -> Running:
         name = f"{part.name}-prepare" if prepare else part.name
-        folder = self._work / "parts" / name
+        folder = self._setting.work / "parts" / name
         folder.mkdir(parents=True)
         result, log = folder / "result.json", folder / "log.txt"
         request = Request(
             part=part.name,
             title=part.title,
-            work=self._work,
+            work=self._setting.work,
+            out=self._setting.out,
             result=result,
             seconds=seconds,
-            rehearse=self._rehearse,
+            rehearse=self._setting.rehearse,
             prepare=prepare,
-            source=self._source,
+            source=self._setting.source,
+            built=self._setting.built,
         )
         paths = [str(ROOT), str(HERE), str(ROOT / "tests" / "perf"), os.environ.get("PYTHONPATH", "")]
         with log.open("w") as stream:
@@ -215,6 +287,10 @@ def found(part: Part, running: Running) -> PartResult:
     status = running.process.returncode
     how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
     return result.model_copy(update={"status": "failed", "reason": f"its process {how}: {last_line(running.log)}"})
+
+
+def too_little(part: Part, seconds: float) -> str:
+    return f"{max(0, seconds):.0f} s were left, and it needs {part.least:.0f}"
 
 
 def skipped(part: Part, reason: str) -> PartResult:

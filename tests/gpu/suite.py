@@ -17,10 +17,12 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from gpu_watch import GpuWatch
+from kept import keep
 from machine import commit_of_this_tree, this_machine
 from rich.console import Console
 from rich.table import Table
-from schedule import PARTS, Suite
+from schedule import PARTS, Setting, Suite
 
 from bench.gpu_results import SCHEMA_VERSION, GpuResults, PartResult, file_name, outcome
 from pipeline.artifacts import package_versions, write_text
@@ -59,7 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hide_gpu()
     os.environ.update(_OFFLINE)  # the parts inherit it
     options.out.mkdir(parents=True, exist_ok=True)
-    chosen = [part for part in PARTS if not options.only or part.name in options.only]
+    chosen = [part for part in PARTS if (part.name in options.only if options.only else not part.asked)]
+    # Each part works in a folder of its own.
+    work = (options.work or Path(tempfile.mkdtemp(prefix="medcot-gpu-"))).resolve()
+    work.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
     written: list[GpuResults] = []
 
@@ -77,28 +82,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         write_text(options.out / file_name(machine), results.model_dump_json(indent=2) + "\n")
         written[:] = [results]
+        keep(work, options.out)
 
-    # Each part works in a folder of its own.
-    work = (options.work or Path(tempfile.mkdtemp(prefix="medcot-gpu-"))).resolve()
-    work.mkdir(parents=True, exist_ok=True)
-    source = options.llama_source and options.llama_source.resolve()
+    source, built = (path and path.resolve() for path in (options.llama_source, options.llama_built))
+    setting = Setting(
+        work=work,
+        out=options.out.resolve(),
+        seconds=options.seconds,
+        rehearse=options.rehearse,
+        source=source,
+        built=built,
+        gpu_bytes=machine.gpu_memory_bytes,
+    )
     os.environ.setdefault("MEDCOT_CACHE", str(work / "cache"))
     try:
-        Suite(chosen, work, options.seconds, options.rehearse, source, told).run()
+        with GpuWatch(work):
+            Suite(chosen, setting, told).run()
     finally:
-        _collect_logs(work, options.out / "log.txt")
+        keep(work, options.out)
         if options.work is None:
             shutil.rmtree(work, ignore_errors=True)
     print(written[0].model_dump_json(indent=2), flush=True)
     print_table(written[0])
     return written[0].exit_status
-
-
-def _collect_logs(work: Path, out: Path) -> None:
-    """One file: a machine that is only lent may give few back."""
-    logs = sorted([*work.rglob("log.txt"), *work.glob("*.log")])
-    texts = [f"==== {log.relative_to(work)}\n{log.read_text(errors='replace')}" for log in logs]
-    write_text(out, "\n".join(texts))
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -113,6 +119,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=_TOTAL_SECONDS, help="for everything [%(default)s]")
     parser.add_argument("--commit", help="of this tree, where it is no Git checkout")
     parser.add_argument("--llama-source", type=Path, help="llama-cpp-python's source distribution, for a CUDA build")
+    parser.add_argument("--llama-built", type=Path, help="folder of the CUDA build: taken as it is, or built there")
     return parser.parse_args(arguments)
 
 
