@@ -38,7 +38,7 @@ class GpuWatch:
             if answer is None:
                 return
             with self._path.open("a") as stream:
-                stream.write(f"{time.time():.1f},{','.join(answer.replace(' ', '').strip().split(','))}\n")
+                stream.write(f"{time.time():.3f},{','.join(answer.replace(' ', '').strip().split(','))}\n")
             self._over.wait(_SECONDS)
 
 

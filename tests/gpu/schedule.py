@@ -188,7 +188,7 @@ class Suite:
         for part in parts:
             if part not in chosen:
                 others = least_seconds(chosen, gpu_bytes)
-                beside = f" next to the {others:.0f} s of more important parts" if chosen else ""
+                beside = f" next to the {others:.0f} s of other parts" if chosen else ""
                 self._add(skipped(part, f"{too_little(part, left)}{beside}; --only {part.name} runs it by itself"))
         return [part for part in parts if part in chosen]
 
