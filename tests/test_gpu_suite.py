@@ -5,16 +5,19 @@ import os
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import packages
 import pytest
-from llama_build import Build, why_not
+from cuda_llama import CudaBuild, built_folder, recipe_for
 from machine import parse_gpu
+from part import Request
 from schedule import PARTS, Part, Setting, Suite, least_seconds, missing_for, most_important
 
 from bench.gpu_results import PartResult, markdown, read_results
 from pipeline.errors import MedcotError
+from pipeline.llama_build import cpu_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKES = {
@@ -26,7 +29,8 @@ FAKES = {
     "dies": "import os; print('last words'); os.kill(os.getpid(), 11)",
     "hangs": (
         "import subprocess; recorder.figure('speed', 3); "
-        "subprocess.run(['sh', '-c', 'echo $$ > ' + str(recorder.request.work / 'pid') + '; sleep 600'])"
+        "command = 'echo $$ > ' + str(recorder.request.work / 'pid') + '; sleep 600'; "
+        "subprocess.run(['sh', '-c', command], process_group=0)"
     ),
     "checks nothing": "pass",
 }
@@ -232,31 +236,56 @@ def test_a_rehearsal_runs_and_is_no_result_of_a_gpu(tmp_path: Path) -> None:
         markdown([results])
 
 
-def test_a_build_needs_a_compiler_and_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def request_with(tmp_path: Path, source: Path | None) -> Request:
+    return Request(
+        part="gguf",
+        title="gguf",
+        work=tmp_path,
+        out=tmp_path,
+        result=tmp_path / "result.json",
+        seconds=60,
+        rehearse=True,
+        source=source,
+    )
+
+
+def test_a_build_with_cuda_needs_a_gpu_a_compiler_and_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert why_not(None) == "there is no nvcc"
-    (tmp_path / "nvcc").write_text("#!/bin/sh\n")
-    (tmp_path / "nvcc").chmod(0o755)
-    assert why_not(None) == "no source distribution of llama-cpp-python was given (--llama-source)"
-    assert why_not(tmp_path / "absent.tar.gz") == f"{tmp_path / 'absent.tar.gz'} is no file"
-    assert why_not(tmp_path / "nvcc") is None
+    with pytest.raises(MedcotError, match="there is no NVIDIA GPU"):
+        recipe_for(None)
+    for name, answer in {"nvidia-smi": "9.0", "nvcc": "Cuda compilation tools, release 13.0, V13.0.88"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{answer}'\n")
+        (tmp_path / name).chmod(0o755)
+    with pytest.raises(MedcotError, match=r"no source distribution of llama-cpp-python was given \(--llama-source\)"):
+        recipe_for(None)
+    with pytest.raises(MedcotError, match=r"absent\.tar\.gz is no file"):
+        recipe_for(tmp_path / "absent.tar.gz")
+    recipe = recipe_for(tmp_path / "nvcc")
+    assert recipe.cuda == "13.0" and "-DCMAKE_CUDA_ARCHITECTURES=90" in recipe.cmake_arguments
 
 
 @pytest.mark.broad
 @pytest.mark.parametrize(("code", "works"), [("", True), ("raise SystemExit('no compiler')", False)])
 def test_a_build_is_there_whole_or_not_at_all(tmp_path: Path, code: str, works: bool) -> None:
-    """A small package in llama-cpp-python's place, installed by the same command."""
-    source, target = tmp_path / "source", tmp_path / "built"
+    """A small package in llama-cpp-python's place, built by the same command."""
+    source = tmp_path / "source"
     source.mkdir()
     (source / "setup.py").write_text(
-        f"{code}\nfrom setuptools import setup\nsetup(name='small', py_modules=['small'])\n"
+        f"{code}\nfrom setuptools import setup\nsetup(name='small', version='1', py_modules=['small'])\n"
     )
     (source / "small.py").write_text("import os\nARGUMENTS = ''\n")
-    outcome = Build(source, target, "9.0").wait()
+    request = request_with(tmp_path, source)
+    build = CudaBuild(request, cpu_recipe(ROOT / "requirements-gpu.txt"))
     if works:
-        assert outcome.reason is None and outcome.seconds and (target / "small.py").is_file()
+        wheel, seconds = build.wait()
+        assert wheel.suffix == ".whl" and seconds > 0
+        assert (built_folder(request) / "small.py").is_file()
     else:
-        assert outcome.reason and not target.exists()
+        with pytest.raises(MedcotError, match=r"no compiler|error"):
+            build.wait()
+        assert not built_folder(request).exists()
 
 
 def test_packages_are_cut_into_pieces_and_put_together_again(tmp_path: Path) -> None:
@@ -275,6 +304,10 @@ def test_packages_are_cut_into_pieces_and_put_together_again(tmp_path: Path) -> 
     assert [piece.parent.name for piece in pieces] == ["00", "01", "02"]
     packages.unpack(tmp_path / "there", pieces[::-1])
     assert (tmp_path / "there" / "random").read_bytes() == content
+    with zipfile.ZipFile(tmp_path / "a.whl", "w") as wheel:
+        wheel.writestr("llama_cpp/lib/libggml-cuda.so", content)
+    packages.unpack(tmp_path / "built", packages.cut(tmp_path / "a.whl", tmp_path / "llama-cuda", 40_000))
+    assert (tmp_path / "built" / "llama_cpp" / "lib" / "libggml-cuda.so").read_bytes() == content
     with pytest.raises(SystemExit, match=r"packages\.01-of-03 is missing"):
         packages.unpack(tmp_path / "there", [pieces[0], pieces[2]])
 

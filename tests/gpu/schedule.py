@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from part import Request, last_line
 
 from bench.gpu_results import PartResult, outcome
@@ -128,10 +129,22 @@ class Running:
         return True
 
     def end(self) -> None:
-        """With all that it has started."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        """With all that it has started, in whatever process group: a build has one of its own."""
+        while members := [pid for pid in psutil.pids() if _session_of(pid) == self.process.pid]:
+            for pid in members:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.process.poll()
+            time.sleep(_POLL)
         self.process.wait()
+
+
+def _session_of(pid: int) -> int | None:
+    """None for a process that is gone or waits for its parent to ask for its status."""
+    try:
+        return None if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE else os.getsid(pid)
+    except (psutil.NoSuchProcess, ProcessLookupError):
+        return None
 
 
 class Suite:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from answering import AnswerRequest, AnswerResult
-from llama_build import built_folder, put_on_path
+from cuda_llama import built_folder, put_on_path
 from part import Recorder, perform
 from random_gguf import random_gguf
 from synthetic import random_base

@@ -1,15 +1,16 @@
-"""The CUDA build of llama.cpp as a call of its own, and cut into pieces that the next call can bring along."""
+"""The CUDA build of llama.cpp as a call of its own; its wheel is cut into pieces that the next call can bring along."""
 
 from __future__ import annotations
 
-import tarfile
+import zipfile
 
-from llama_build import Build, built_folder, why_not
-from machine import compute_capability
+from cuda_llama import CudaBuild, built_folder, recipe_for
+from machine import ROOT
 from packages import cut
 from part import Recorder, Skipped, perform
 
 from pipeline.errors import MedcotError
+from pipeline.llama_build import LIBRARY, cpu_recipe
 
 _PIECE_BYTES = 15 * 2**20
 _PIECES = "llama-cuda"
@@ -17,24 +18,23 @@ _PIECES = "llama-cuda"
 
 def measure(recorder: Recorder) -> None:
     request = recorder.request
-    reason = why_not(request.source)
-    if request.source is None or (reason is not None and not request.rehearse):
-        raise Skipped(f"not built: {reason}")
-    built = built_folder(request)
-    outcome = Build(request.source, built, compute_capability(), alone=True).wait()
-    if outcome.reason is not None or outcome.seconds is None:
-        raise MedcotError(f"The build failed: {outcome.reason}")
-    recorder.figure("CUDA build, by itself", outcome.seconds, "s")
-    libraries = sorted(built.rglob("libggml-cuda.so"))
-    recorder.check("it has the CUDA library", bool(libraries) or request.rehearse, f"{len(libraries)} found")
-    if libraries:
-        recorder.figure("libggml-cuda.so", libraries[0].stat().st_size / 1e6, "MB")
-    archive = request.work / "llama-cuda.tar.gz"
-    with tarfile.open(archive, "w:gz", compresslevel=6) as tar:
-        tar.add(built, ".")
-    pieces = cut(archive, request.out / _PIECES, _PIECE_BYTES)
-    recorder.figure("to bring along", archive.stat().st_size / 1e6, "MB")
-    recorder.check("cut into pieces", bool(pieces), f"{len(pieces)} in {_PIECES}")
+    if request.rehearse and request.source is not None:
+        recipe = cpu_recipe(ROOT / "requirements-gpu.txt")
+    else:
+        try:
+            recipe = recipe_for(request.source)
+        except MedcotError as error:
+            raise Skipped(f"not built: {error}") from error
+    wheel, seconds = CudaBuild(request, recipe, alone=True).wait()
+    recorder.figure("build, by itself", seconds, "s")
+    recorder.figure("wheel", wheel.stat().st_size / 1e6, "MB")
+    if not request.rehearse:
+        sizes = {entry.filename: entry.file_size for entry in zipfile.ZipFile(wheel).infolist()}
+        recorder.check("it has the CUDA library", LIBRARY in sizes, LIBRARY)
+        recorder.figure("libggml-cuda.so", sizes.get(LIBRARY, 0) / 1e6, "MB")
+    recorder.check("it is there for the next call", any(built_folder(request).iterdir()), str(built_folder(request)))
+    pieces = cut(wheel, request.out / _PIECES, _PIECE_BYTES)
+    recorder.check("its wheel is cut into pieces", bool(pieces), f"{len(pieces)} in {_PIECES}")
 
 
 if __name__ == "__main__":

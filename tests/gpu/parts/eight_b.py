@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 
-from llama_build import built_folder, put_on_path
+from cuda_llama import built_folder, put_on_path
 from part import Recorder, medcot, perform, run, settings
 from plan_check import record_plan
 from synthetic import random_base, write_rows

@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from cuda_llama import BuildOutcome, CudaBuild, built_folder, put_on_path, recipe_for, save_outcome, saved_outcome
 from gguf_logits import LogitsRequest, LogitsResult
-from llama_build import Build, BuildOutcome, built_folder, put_on_path, save_outcome, saved_outcome, why_not
-from machine import compute_capability
 from part import Recorder, Request, Skipped, medcot, perform, run
 from random_gguf import random_gguf
 from synthetic import random_base, write_rows
@@ -19,6 +18,7 @@ from bench.speed_probe import ProbeRequest
 from bench.statistics import percentile
 from export.verify_logits import LogitComparison, load_logits
 from pipeline.config import load_config
+from pipeline.errors import MedcotError
 from pipeline.hardware import hide_gpu, usable_cores
 from pipeline.results import Speed
 
@@ -32,20 +32,19 @@ _REHEARSED_ROWS, _REHEARSED_NEW_TOKENS = 2, 4
 
 def prepare(request: Request) -> None:
     """The build, and meanwhile the GGUF; why there is no build is kept for the measurement."""
-    built = built_folder(request)
-    if built.is_dir():
+    if built_folder(request).is_dir():
         save_outcome(request, BuildOutcome())
         random_gguf(request)
         return
-    reason = why_not(request.source)
-    if reason is not None or request.source is None:
-        save_outcome(request, BuildOutcome(reason=reason))
+    try:
+        build = CudaBuild(request, recipe_for(request.source))
+        random_gguf(request)
+        _, seconds = build.wait()
+        save_outcome(request, BuildOutcome(seconds=seconds))
+    except MedcotError as error:
+        save_outcome(request, BuildOutcome(reason=str(error)))
         if request.rehearse:
             random_gguf(request)
-        return
-    build = Build(request.source, built, compute_capability())
-    random_gguf(request)
-    save_outcome(request, build.wait())
 
 
 def measure(recorder: Recorder) -> None:
