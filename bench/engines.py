@@ -273,8 +273,8 @@ class TransformersEngine:
             model = AutoModelForCausalLM.from_pretrained(
                 base,
                 dtype=_torch_dtype(settings.dtype, self._device),
-                quantization_config=_four_bit(torch) if in_4bit else None,
-                device_map={"": 0} if in_4bit else None,
+                # None would hide the configuration of a base that is stored in 4 bit.
+                **({"quantization_config": _four_bit(torch), "device_map": {"": 0}} if in_4bit else {}),
             )
         except (OSError, ValueError) as error:
             raise MedcotError(f"transformers cannot load {base}: {str(error).splitlines()[0]}") from error

@@ -11,7 +11,7 @@ import torch
 from gpu_watch import NAME, GpuWatch, memory_used
 from kept import ARCHIVE, LOGS, keep
 from random_checkpoint import save_tokenizer
-from smaller_card import EIGHT_GB, T4, Card, limit_memory, report_as
+from smaller_card import EIGHT_GB, T4, Card, confine_to, report_as
 from synthetic import write_rows
 from torch._dynamo.device_interface import CudaInterface
 
@@ -43,7 +43,6 @@ def test_training_on_a_large_card_decides_as_on_the_smaller_one(
         ),
         "get_arch_list": lambda: ["sm_75", "sm_90"],
         "is_bf16_supported": lambda including_emulation=True: True,
-        "mem_get_info": lambda: (H200_BYTES, H200_BYTES),
         "set_per_process_memory_fraction": fractions.append,
     }
     for name, answer in answers.items():
@@ -55,15 +54,14 @@ def test_training_on_a_large_card_decides_as_on_the_smaller_one(
     monkeypatch.setattr(hardware, "may_have_gpu", lambda: True)
     # What torch.compile generates machine code for stays the GPU's that is there.
     monkeypatch.setattr(CudaInterface, "get_compute_capability", CudaInterface.get_compute_capability)
-    compiled_for = CudaInterface.get_compute_capability()
     report_as(card)
-    limit_memory(card)
+    confine_to(card)
     found = hardware.detect(tmp_path)
     assert (found.gpu_memory_bytes, found.gpu_capability) == (card.total_bytes, card.capability)
     assert hardware.compute_dtype("auto", found).value == dtype
     assert torch.cuda.is_bf16_supported() == (dtype == "bfloat16")
     assert torch.cuda.get_device_properties(0).multi_processor_count == 132
-    assert CudaInterface.get_compute_capability() == compiled_for
+    assert CudaInterface.get_compute_capability() == 90
     assert kernels == ({} if has_flash else {"flash": False, "cudnn": False})
     assert fractions == [pytest.approx(card.usable_bytes / H200_BYTES)]
 
@@ -77,7 +75,7 @@ def test_the_emulated_t4_is_the_one_that_runs_are_planned_for() -> None:
 def test_without_a_gpu_an_emulated_card_changes_nothing() -> None:
     before = torch.cuda.get_device_capability
     report_as(T4)
-    limit_memory(T4)
+    confine_to(T4)
     assert torch.cuda.get_device_capability is before
 
 

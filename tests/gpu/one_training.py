@@ -17,7 +17,7 @@ from pathlib import Path
 
 from part import last_line
 from pydantic import BaseModel, ConfigDict, Field
-from smaller_card import Card, limit_memory, report_as
+from smaller_card import Card, confine_to, report_as
 
 from pipeline import ranks
 from pipeline.errors import MedcotError
@@ -125,7 +125,7 @@ def _train(request: OneTraining) -> None:
     import torch
 
     if request.card is not None:
-        limit_memory(request.card)
+        confine_to(request.card)
     if ranks.world_size() > 1:
         # NCCL refuses two ranks on one GPU; gloo takes their tensors through main memory.
         torch.distributed.init_process_group(

@@ -8,6 +8,7 @@ from pathlib import Path
 from gpu_watch import memory_used
 from part import Recorder
 
+from bench.gpu_results import PLANNED
 from pipeline.artifacts import read_manifest
 from pipeline.plan import Plan
 from pipeline.plan_process import PLAN_NAME
@@ -24,13 +25,13 @@ def record_plan(recorder: Recorder, run_dir: Path, *, gpu_to_itself: bool = Fals
             continue
         recorder.figure(stage.name, manifest.seconds, "s")
         if estimate.seconds is not None:
-            recorder.figure(f"{stage.name}, planned", estimate.seconds, "s")
+            recorder.figure(f"{stage.name}{PLANNED}", estimate.seconds, "s")
         recorder.figure(f"{stage.name}: memory", manifest.peak_memory_bytes / 1e9, "GB")
-        recorder.figure(f"{stage.name}: memory, planned", estimate.memory_bytes / 1e9, "GB")
+        recorder.figure(f"{stage.name}: memory{PLANNED}", estimate.memory_bytes / 1e9, "GB")
         if not gpu_to_itself:
             continue
         end = datetime.fromisoformat(manifest.created).timestamp()
         used = memory_used(recorder.request.work, end - manifest.seconds, end + 1)  # written in whole seconds
         if used is not None:
             recorder.figure(f"{stage.name}: GPU memory", used / 1e9, "GB")
-            recorder.figure(f"{stage.name}: GPU memory, planned", estimate.gpu_memory_bytes / 1e9, "GB")
+            recorder.figure(f"{stage.name}: GPU memory{PLANNED}", estimate.gpu_memory_bytes / 1e9, "GB")

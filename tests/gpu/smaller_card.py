@@ -34,36 +34,37 @@ EIGHT_OF_24_GB = Card(total_bytes=24 * 2**30, usable_bytes=8_000_000_000, capabi
 def report_as(card: Card) -> None:
     """Called before Unsloth is imported, which chooses its types and kernels while it is imported."""
     import torch
-    from torch._dynamo.device_interface import CudaInterface
 
     if not torch.cuda.is_available():
         return
     properties = torch.cuda.get_device_properties
-    # torch.compile generates machine code for what this answers, and that code has to run here.
-    compiled_for = CudaInterface.get_compute_capability()
-    CudaInterface.get_compute_capability = staticmethod(lambda device=None: compiled_for)
     torch.cuda.get_device_properties = lambda device=None: _Properties(properties(device), card.total_bytes)
     torch.cuda.get_device_capability = lambda device=None: card.capability
     if card.capability < (8, 0):
         torch.cuda.is_bf16_supported = lambda including_emulation=True: False
+
+
+def confine_to(card: Card) -> None:
+    """Called after Unsloth is imported, which configures the allocator, and before anything is on the GPU."""
+    import torch
+    from torch._dynamo.device_interface import CudaInterface
+
+    if not torch.cuda.is_available():
+        return
+    real = torch.cuda.get_device_properties(0).real
+    torch.cuda.set_per_process_memory_fraction(min(1.0, card.usable_bytes / real.total_memory))
+    # torch.compile generates machine code for what this answers, and that code has to run here.
+    CudaInterface.get_compute_capability = staticmethod(lambda device=None: real.major * 10 + real.minor)
+    if card.capability < (8, 0):
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def limit_memory(card: Card) -> None:
-    """Called after Unsloth is imported, which configures the allocator, and before anything is on the GPU."""
-    import torch
-
-    if torch.cuda.is_available():
-        _, total = torch.cuda.mem_get_info()
-        torch.cuda.set_per_process_memory_fraction(min(1.0, card.usable_bytes / total))
-
-
 class _Properties:
-    """A GPU's properties as PyTorch gives them, but for the total memory (bytes)."""
+    """A GPU's ``real`` properties as PyTorch gives them, but for the total memory (bytes)."""
 
     def __init__(self, real: Any, total_memory: int) -> None:
-        self._real, self.total_memory = real, total_memory
+        self.real, self.total_memory = real, total_memory
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_real"], name)
+        return getattr(self.__dict__["real"], name)

@@ -20,11 +20,12 @@ from pathlib import Path
 from gpu_watch import GpuWatch
 from kept import keep
 from machine import commit_of_this_tree, this_machine
+from part_list import PARTS
 from rich.console import Console
 from rich.table import Table
-from schedule import PARTS, Setting, Suite
+from schedule import Setting, Suite
 
-from bench.gpu_results import SCHEMA_VERSION, GpuResults, PartResult, file_name, outcome
+from bench.gpu_results import SCHEMA_VERSION, GpuResults, PartResult, file_name, measured, outcome
 from pipeline.artifacts import package_versions, write_text
 from pipeline.errors import MedcotError
 from pipeline.hardware import hide_gpu
@@ -40,7 +41,7 @@ _VERSIONS = (
 def print_table(results: GpuResults) -> None:
     table = Table("part", "outcome", "seconds", "measured")
     for part in results.parts:
-        table.add_row(part.title, outcome(part), f"{part.seconds:.0f}", "\n".join(map(str, part.figures)))
+        table.add_row(part.title, outcome(part), f"{part.seconds:.0f}", "\n".join(measured(part.figures)))
     console = Console(stderr=True, width=140)
     console.print(table)
     console.print(
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seconds=round(time.monotonic() - begun, 1),
             parts=parts,
         )
-        write_text(options.out / file_name(machine), results.model_dump_json(indent=2) + "\n")
+        write_text(options.out / file_name(machine, options.only or ()), results.model_dump_json(indent=2) + "\n")
         written[:] = [results]
         keep(work, options.out)
 

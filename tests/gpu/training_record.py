@@ -9,6 +9,7 @@ from one_training import OneTraining, TrainedOnce, train_together
 from part import Recorder
 from smaller_card import Card
 
+from bench.gpu_results import PLANNED
 from pipeline.errors import MedcotError
 
 
@@ -31,13 +32,13 @@ def _record(recorder: Recorder, name: str, done: TrainedOnce, card: Card | None)
     recorder.figure(f"{name}: training", trained.tokens_per_second, "tokens/s")
     recorder.figure(f"{name}: stage", done.seconds, "s")
     if done.planned_seconds is not None:
-        recorder.figure(f"{name}: stage, planned", done.planned_seconds, "s")
+        recorder.figure(f"{name}: stage{PLANNED}", done.planned_seconds, "s")
     if done.gpu_reserved_bytes:
         recorder.figure(f"{name}: GPU memory allocated", done.gpu_allocated_bytes / 1e9, "GB")
         recorder.figure(f"{name}: GPU memory reserved", done.gpu_reserved_bytes / 1e9, "GB")
-        recorder.figure(f"{name}: GPU memory, planned", done.planned_gpu_bytes / 1e9, "GB")
+        recorder.figure(f"{name}: GPU memory{PLANNED}", done.planned_gpu_bytes / 1e9, "GB")
     recorder.figure(f"{name}: memory", done.memory_bytes / 1e9, "GB")
-    recorder.figure(f"{name}: memory, planned", done.planned_memory_bytes / 1e9, "GB")
+    recorder.figure(f"{name}: memory{PLANNED}", done.planned_memory_bytes / 1e9, "GB")
     recorder.figure(f"{name}: skipped steps", done.skipped_steps)
     recorder.figure(f"{name}: held-out loss before", trained.eval_loss_before, "nats")
     recorder.figure(f"{name}: held-out loss after", trained.eval_loss_after, "nats")
