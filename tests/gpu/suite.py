@@ -116,7 +116,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", action="append", choices=names, metavar="PART", help=", ".join(names))
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny shapes")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-results")), help="for the JSON")
-    parser.add_argument("--work", type=Path, help="empty folder for the models, which is kept (12 GB)")
+    parser.add_argument("--work", type=Path, help="empty folder for the models, which is kept (30 GB)")
     parser.add_argument("--seconds", type=float, default=_TOTAL_SECONDS, help="for everything [%(default)s]")
     parser.add_argument("--commit", help="of this tree, where it is no Git checkout")
     parser.add_argument("--llama-source", type=Path, help="llama-cpp-python's source distribution, for a CUDA build")

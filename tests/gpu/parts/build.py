@@ -18,6 +18,8 @@ _PIECES = "llama-cuda"
 
 def measure(recorder: Recorder) -> None:
     request = recorder.request
+    if built_folder(request).exists():
+        raise MedcotError(f"{built_folder(request)} is there already: remove it or name another folder.")
     if request.rehearse and request.source is not None:
         recipe = cpu_recipe(ROOT / "requirements-gpu.txt")
     else:
