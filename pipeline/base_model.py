@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from pipeline.artifacts import sha256_json
 from pipeline.errors import MedcotError
+from pipeline.platforms import cache_dir as cache_dir
 from pipeline.prompts import ChatFormat
 from pipeline.vocabulary import TransformersVocabulary
 
@@ -25,13 +25,6 @@ PACKAGE_PREFIX = "package:"
 CONVERSION_VERSION = 1
 TOKENIZER_FILES = ["*.json", "*.jinja", "tokenizer.model"]
 _CONTROL_TOKEN_TYPE = 3  # gguf.TokenType.CONTROL
-
-
-def cache_dir() -> Path:
-    """Folder for things that are expensive to make and safe to delete ($MEDCOT_CACHE, else the user's cache)."""
-    if "MEDCOT_CACHE" in os.environ:
-        return Path(os.environ["MEDCOT_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "medcot"
 
 
 def base_identity(base: str, revision: str | None) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """How llama-cpp-python is compiled: with which CMake arguments, and by which pip call. The only place that knows.
 
-    recipe = wanted(requirements).recipe         for the cards and the compilers that this machine has
-    build = Build(recipe, source, folder)        compiles from now on, in a process of its own
-    wheel = build.wait()                         raises MedcotError with the compiler's last words
+    recipe = wanted(requirements).recipe             for the cards and the compilers that this machine has
+    source = fetch_source(recipe.version, folder)
+    build = Build(recipe, source, folder)            compiles from now on, in a process of its own
+    wheel = build.wait()                             raises MedcotError with the compiler's last words
 
 The build with CUDA takes 33 minutes of processor time for one architecture, beside 9 for the rest (LOG.md); those who
 wait for it are in pipeline/llama_install.py. Standard library and ``pipeline/platforms.py`` only: set-up asks
@@ -21,6 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -173,8 +175,45 @@ def jobs() -> int:
     return processors
 
 
+def fetch_source(version: str, folder: Path) -> Path:
+    """llama-cpp-python's source distribution, unpacked inside ``folder``.
+
+    Raises MedcotError with pip's last words when it cannot be fetched.
+    """
+    unpacked = folder / f"{PACKAGE}-{version}"
+    if unpacked.is_dir():
+        return unpacked
+    folder.mkdir(parents=True, exist_ok=True)
+    # Without a build's isolation pip could not even ask it for its name: scikit-build-core is fetched with it.
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", PACKAGE]
+    told = subprocess.run(
+        [*command, "--dest", str(folder), f"{PACKAGE}=={version}"], capture_output=True, text=True, check=False
+    )
+    archive = next(folder.glob(f"{PACKAGE}-{version}.tar.gz"), None)
+    if told.returncode != 0 or archive is None:
+        words = told.stderr.strip().splitlines() or ["pip said nothing"]
+        raise MedcotError(f"its source distribution cannot be fetched ({words[-1][:200]})")
+    partial = folder / "unpacking"
+    with tarfile.open(archive) as packed:
+        packed.extractall(partial, filter="data")
+    (partial / unpacked.name).rename(unpacked)
+    archive.unlink()
+    return unpacked
+
+
+def give_way() -> None:
+    """This process and all that it starts compute when nobody else wants to; called in a session of its own.
+
+    Linux shares processors among sessions first (sched(7), autogroup), so that niceness alone would leave half of them.
+    """
+    with suppress(OSError, AttributeError):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    with suppress(OSError):
+        Path("/proc/self/autogroup").write_text("19")
+
+
 class Build:
-    """A build under way, with the lowest priority unless ``urgent``; its wheel and its log lie in ``folder``."""
+    """A build under way, with the lowest priority unless ``urgent``; its wheel lies in ``folder``."""
 
     def __init__(
         self,
@@ -182,6 +221,7 @@ class Build:
         source: Path,
         folder: Path,
         *,
+        log: Path | None = None,
         parallel: int | None = None,
         urgent: bool = False,
         pip_options: Sequence[str] = (),
@@ -191,15 +231,14 @@ class Build:
 
         What a build has compiled in ``folder`` serves the next one there, when both are of one unpacked source: after
         the build for the CPU, CUDA's part only is compiled. ``pip_options`` are for a machine that can fetch nothing
-        (--no-index --no-build-isolation).
+        (--no-index --no-build-isolation); ``log`` gets what it says [default: in ``folder``].
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.recipe = recipe
-        self.log = folder / f"{recipe.key}.log"
+        self.log = log or folder / f"{recipe.key}.log"
         self._wheels = folder / recipe.key
         shutil.rmtree(self._wheels, ignore_errors=True)
         command = [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-deps", "--no-cache-dir", *pip_options]
-        # Not ccache: one that is there would keep a second copy, and no build here is repeated.
         command += ["--config-settings", f"build-dir={folder / 'objects'}", "--wheel-dir", str(self._wheels)]
         nice = [] if urgent or not shutil.which("nice") else ["nice", "-n", "19"]
         with self.log.open("wb") as stream:
@@ -213,7 +252,7 @@ class Build:
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=stream,
-                start_new_session=True,  # so that all that pip starts can be ended together
+                process_group=0,  # so that all that pip starts can be ended together
             )
 
     def wait(self, seconds: float | None = None) -> Path:
@@ -221,7 +260,8 @@ class Build:
         try:
             status = self._process.wait(seconds)
         except subprocess.TimeoutExpired as error:
-            raise MedcotError(f"it was not finished after {(seconds or 0) / 60:.0f} minutes; log: {self.log}") from error
+            minutes = (seconds or 0) / 60
+            raise MedcotError(f"it was not finished after {minutes:.0f} minutes; log: {self.log}") from error
         finally:
             self.end()
         if status != 0:
@@ -248,7 +288,7 @@ def progress(log: Path) -> tuple[int, int] | None:
 def last_error(log: Path) -> str:
     """The line of a failed build's log that tells most: the first error after CMake's or the compiler's beginning."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    for pattern in (r"fatal error:|: error:|^error: .*(?:No such|not found)|nvcc fatal", r"CMake Error|Error:", r"^ERROR"):
+    for pattern in (r"fatal error:|: error:|nvcc fatal", r"CMake Error", r"Error:|^ERROR|^error"):
         for line in lines:
             if re.search(pattern, line):
                 return line[:200]

@@ -25,9 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from pipeline import llama_build  # noqa: E402
-from pipeline.llama_source import fetch_source  # noqa: E402
 
-LOAD = "import llama_cpp as l; l.llama_backend_init(); print(l.llama_supports_gpu_offload(), l.ggml_backend_dev_count())"
+LOAD = "import llama_cpp; llama_cpp.llama_backend_init(); print(llama_cpp.llama_supports_gpu_offload())"
 
 
 def toolkit_from_packages(target: Path) -> Path:
@@ -64,7 +63,7 @@ def main() -> None:
     if nvcc is None or release is None:
         sys.exit(f"Error: {home / 'bin' / 'nvcc'} does not run: install the packages above into {options.toolkit}.")
     with_cuda = llama_build.with_cuda(on_cpu, options.architectures.split(","), nvcc, release)
-    source = fetch_source(on_cpu.version, work)
+    source = llama_build.fetch_source(on_cpu.version, work)
     wheel = None
     for recipe in (on_cpu, with_cuda):
         started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -81,7 +80,7 @@ def main() -> None:
         print(json.dumps({"libggml-cuda.so bytes": packed.getinfo(llama_build.LIBRARY).file_size}))
     environ = os.environ | {"PYTHONPATH": f"{work / 'loaded'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     told = subprocess.run([sys.executable, "-c", LOAD], env=environ, capture_output=True, text=True, check=True)
-    print(json.dumps({"offloads, devices": told.stdout.strip(), "told": told.stderr.strip()[-300:]}))
+    print(json.dumps({"offloads": told.stdout.strip(), "told": told.stderr.strip()[-300:]}))
 
 
 if __name__ == "__main__":
