@@ -31,6 +31,7 @@ from pipeline.llama_build import Recipe, cpu_recipe, give_way, progress, wanted
 from pipeline.llama_install import (
     ROOT,
     compile_and_keep,
+    compiling_folder,
     folder,
     has_cuda,
     in_use_file,
@@ -62,9 +63,13 @@ class Order:
 
 @dataclass(frozen=True)
 class State:
-    """Of the background build: ``failed`` says why there is no build as ordered, ``done`` counts objects."""
+    """Of the background build: ``failed`` says why there is no build as ordered, ``done`` counts objects.
+
+    ``built`` is what only has to be installed.
+    """
 
     title: str
+    built: bool
     running: bool
     done: tuple[int, int] | None
     failed: str | None
@@ -133,6 +138,7 @@ def state() -> State | None:
         return None
     return State(
         order.best.title,
+        built=kept_wheels.find(order.best) is not None,
         running=_builder_runs(),
         done=progress(log_of(order.best)) or progress(log_of(order.meanwhile)),
         failed=_failure(order.best),

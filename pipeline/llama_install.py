@@ -18,12 +18,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 from pipeline import kept_wheels, platforms
 from pipeline.errors import MedcotError
+from pipeline.file_lock import try_lock
 from pipeline.llama_build import LIBRARY, PACKAGE, Build, Recipe, cpu_recipe, fetch_source
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,7 +98,7 @@ def prove(unpacked: Path | None, on_gpu: bool) -> str | None:
     if not on_gpu:
         environ["CUDA_VISIBLE_DEVICES"] = ""  # a training's GPU memory is not touched
     command = [sys.executable, "-m", "chat.proof", str(model), *(["--gpu"] if on_gpu else [])]
-    told = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    told = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
     if told.returncode == 0:
         return None
     with contextlib.suppress(ValueError, KeyError, TypeError):
