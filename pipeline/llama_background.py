@@ -3,7 +3,7 @@
     python -m pipeline.llama_background start    install what is kept from an earlier session, else compile from now on
 
 On a T4's machine, with two to four slow cores, the build with CUDA takes half an hour and more; training meanwhile
-needs the GPU. So the build runs next to it with the lowest priority: first for the CPU (ten minutes; export, verify
+needs the GPU. So the build runs next to it with a low priority: first for the CPU (ten minutes; export, verify
 and chat need no more), then, in the same folder so that nothing is compiled twice, CUDA's part. Waiting for CUDA before
 export would hold back the GGUF of a short training; installing for the CPU in set-up would hold back every training.
 
@@ -150,6 +150,7 @@ def _wait(order: Order, on_gpu: bool, announce: Announce) -> None:
     """Until the best build, or one that suffices, is installed."""
     enough = [order.best] if on_gpu else [order.best, order.meanwhile]
     started, news, starts = time.monotonic(), 0.0, 0
+    own: subprocess.Popen[bytes] | None = None
     while True:
         if any(is_installed(recipe) for recipe in enough):
             return
@@ -165,12 +166,14 @@ def _wait(order: Order, on_gpu: bool, announce: Announce) -> None:
             continue
         if all(_failure(recipe) is not None for recipe in enough):
             raise MedcotError(f"llama-cpp-python could not be built ({_failure(enough[-1])}): {START_AGAIN}")
-        if not _builder_runs():
+        if (own is None or own.poll() is not None) and not _builder_runs():
             # It was ended, or the machine was; twice is no accident.
             starts += 1
             if starts > 2:
-                raise MedcotError(f"The build of llama-cpp-python ends without a result; log: {log_of(enough[0])}")
-            _start_builder()
+                raise MedcotError(
+                    f"The build of llama-cpp-python ends without a result (log: {log_of(enough[0])}): {START_AGAIN}"
+                )
+            own = _start_builder()
         if time.monotonic() - started >= news:
             news += _SECONDS_BETWEEN_NEWS
             target = order.best if kept_wheels.find(order.meanwhile) else order.meanwhile
@@ -187,7 +190,8 @@ def build_ordered() -> None:
     """The background process: compiles what is ordered and keeps it; a failure is left as one sentence."""
     order = _read_order()
     with (folder() / "builder.lock").open("w") as stream:
-        if order is None or not try_lock(stream):
+        # Whoever looks whether a build runs has the lock for a moment.
+        if order is None or not any(try_lock(stream) or time.sleep(0.2) for _ in range(5)):
             return
         give_way()
         for recipe in order.recipes:
@@ -214,9 +218,9 @@ def _install_kept(recipe: Recipe, announce: Announce) -> bool:
     return True
 
 
-def _start_builder() -> None:
+def _start_builder() -> subprocess.Popen[bytes]:
     with (folder() / "builder.log").open("ab") as stream:
-        subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-m", "pipeline.llama_background", "build"],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))},

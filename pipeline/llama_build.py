@@ -46,6 +46,7 @@ _CUDA_ARGUMENTS = ("-DGGML_CUDA=ON", "-DGGML_CUDA_FA=OFF", "-DGGML_CUDA_NCCL=OFF
 _WITHOUT_AMX = ("-mno-amx-tile", "-mno-amx-int8", "-mno-amx-bf16")
 # llama.cpp is compiled for the processor it is compiled on (GGML_NATIVE): these of its abilities make a difference.
 _INSTRUCTIONS = re.compile(r"^(avx|amx|fma$|f16c$|bmi2$|sse4_2$|sve|i8mm$|asimddp$|asimdhp$)")
+_NICENESS = 10
 _PROGRESS = re.compile(rb"\[(\d+)/(\d+)\]")  # ninja's
 
 
@@ -202,18 +203,18 @@ def fetch_source(version: str, folder: Path) -> Path:
 
 
 def give_way() -> None:
-    """This process and all that it starts compute when nobody else wants to; called in a session of its own.
+    """This process and all that it starts get what others leave, and a tenth where they leave nothing.
 
-    Linux shares processors among sessions first (sched(7), autogroup), so that niceness alone would leave half of them.
+    To be called in a session of its own: Linux shares processors among sessions first (sched(7), autogroup), so that
+    niceness alone would leave half of them.
     """
-    with suppress(OSError, AttributeError):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    os.nice(_NICENESS)
     with suppress(OSError):
-        Path("/proc/self/autogroup").write_text("19")
+        Path("/proc/self/autogroup").write_text(str(_NICENESS))
 
 
 class Build:
-    """A build under way, with the lowest priority unless ``urgent``; its wheel lies in ``folder``."""
+    """A build under way; its wheel lies in ``folder``. ``nice`` gives it a low priority."""
 
     def __init__(
         self,
@@ -223,7 +224,7 @@ class Build:
         *,
         log: Path | None = None,
         parallel: int | None = None,
-        urgent: bool = False,
+        nice: bool = False,
         pip_options: Sequence[str] = (),
         environ: Mapping[str, str] = os.environ,
     ) -> None:
@@ -240,10 +241,10 @@ class Build:
         shutil.rmtree(self._wheels, ignore_errors=True)
         command = [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-deps", "--no-cache-dir", *pip_options]
         command += ["--config-settings", f"build-dir={folder / 'objects'}", "--wheel-dir", str(self._wheels)]
-        nice = [] if urgent or not shutil.which("nice") else ["nice", "-n", "19"]
+        priority = ["nice", "-n", str(_NICENESS)] if nice and shutil.which("nice") else []
         with self.log.open("wb") as stream:
             self._process = subprocess.Popen(
-                [*nice, *command, str(source)],
+                [*priority, *command, str(source)],
                 env={
                     **environ,
                     "CMAKE_ARGS": shlex.join(recipe.cmake_arguments),

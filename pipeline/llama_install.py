@@ -46,7 +46,7 @@ def install_now(announce: Announce) -> None:
         return
     announce(f"{recipe.title} is compiled: 5 to 10 minutes on 2 cores")
     try:
-        wheel = compile_and_keep(recipe, urgent=True)
+        wheel = compile_and_keep(recipe)
     except MedcotError as error:
         raise MedcotError(f"llama-cpp-python cannot be built: {error}.") from error
     reason = install(wheel, recipe)
@@ -55,10 +55,10 @@ def install_now(announce: Announce) -> None:
         raise MedcotError(f"llama-cpp-python does not run on this machine: {reason}.")
 
 
-def compile_and_keep(recipe: Recipe, urgent: bool = False) -> Path:
+def compile_and_keep(recipe: Recipe) -> Path:
     """Its kept wheel. Raises MedcotError with the compiler's words."""
     source = fetch_source(recipe.version, compiling_folder())
-    wheel = Build(recipe, source, compiling_folder(), log=log_of(recipe), urgent=urgent).wait(_MOST_SECONDS)
+    wheel = Build(recipe, source, compiling_folder(), log=log_of(recipe)).wait(_MOST_SECONDS)
     for problem in kept_wheels.keep(wheel, recipe):
         print(f"setup: {problem}", file=sys.stderr)
     return kept_wheels.find(recipe) or wheel

@@ -67,7 +67,7 @@ def main() -> None:
     wheel = None
     for recipe in (on_cpu, with_cuda):
         started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
-        wheel = llama_build.Build(recipe, source, work, parallel=options.jobs).wait()
+        wheel = llama_build.Build(recipe, source, work, parallel=options.jobs, nice=True).wait()
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         print(json.dumps({

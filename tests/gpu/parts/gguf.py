@@ -33,7 +33,8 @@ def prepare(request: Request) -> None:
     # A third of the cores is left to what is measured meanwhile; nothing can be fetched.
     parallel = max(1, (os.cpu_count() or 1) * 2 // 3)
     offline = ("--no-index", "--no-build-isolation")
-    build = Build(recipe, request.source, request.work / "llama-build", parallel=parallel, pip_options=offline)
+    folder = request.work / "llama-build"
+    build = Build(recipe, request.source, folder, parallel=parallel, nice=True, pip_options=offline)
     try:
         _gguf(request)
         wheel = build.wait()
