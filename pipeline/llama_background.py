@@ -190,8 +190,13 @@ def build_ordered() -> None:
     """The background process: compiles what is ordered and keeps it; a failure is left as one sentence."""
     order = _read_order()
     with (folder() / "builder.lock").open("w") as stream:
-        # Whoever looks whether a build runs has the lock for a moment.
-        if order is None or not any(try_lock(stream) or time.sleep(0.2) for _ in range(5)):
+        attempts = 5  # whoever looks whether a build runs has the lock for a moment
+        while not try_lock(stream):
+            attempts -= 1
+            if attempts == 0:
+                return
+            time.sleep(0.2)
+        if order is None:
             return
         give_way()
         for recipe in order.recipes:

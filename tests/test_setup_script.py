@@ -18,9 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("scripts/setup.sh", "run_pipeline.sh", "pyproject.toml")
-MODULES = tuple(
-    f"pipeline/{name}.py" for name in ("__init__", "platforms", "kept_torch", "pip_conflicts", "llama_build")
-)
+MODULES = ("__init__", "platforms", "kept_torch", "pip_conflicts", "llama_build")
 STUB = """#!/bin/sh
 echo "$@" >>{calls}
 case "$*" in
@@ -58,7 +56,8 @@ class Machine:
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
-    for name in (*SCRIPTS, *MODULES, *(path.name for path in ROOT.glob("requirements-*.txt"))):
+    modules = (f"pipeline/{name}.py" for name in MODULES)
+    for name in (*SCRIPTS, *modules, *(path.name for path in ROOT.glob("requirements-*.txt"))):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "bin").mkdir()
