@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from pipeline import llama_background, platforms
-from pipeline.base_model import cache_dir
+from pipeline.cache import cache_dir
 from pipeline.hardware import GIBIBYTE, Hardware, compute_dtype, detect, has_kernels
 from pipeline.llama_install import has_cuda
 from pipeline.platforms import Platform

@@ -7,7 +7,7 @@ Google Drive's folder ``medcot`` is such a place, and /kaggle/working, whose fil
 /kaggle/input when this version is attached to it. From there a wheel is only taken when MEDCOT_WHEELS names its folder:
 a wheel is code, and a data set may be anyone's.
 
-Standard library and ``pipeline/platforms.py`` only.
+Standard library only: set-up asks.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pipeline import platforms
+from pipeline.cache import cache_dir
 from pipeline.llama_build import Recipe
 
 VARIABLE = "MEDCOT_WHEELS"
@@ -30,7 +31,7 @@ _RECORD = "recipe.json"
 
 def folders() -> list[Path]:
     """Where wheels are kept; the nearest first."""
-    kept = [platforms.cache_dir() / "wheels"]
+    kept = [cache_dir() / "wheels"]
     if (lasting := platforms.here().wheels) is not None:
         kept.append(lasting)
     return kept

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline import kept_wheels, platforms
+from pipeline.cache import cache_dir
 from pipeline.errors import MedcotError
 from pipeline.file_lock import try_lock
 from pipeline.llama_build import LIBRARY, PACKAGE, Build, Recipe, cpu_recipe, fetch_source
@@ -126,7 +127,7 @@ def _installed_version() -> str | None:
 
 
 def folder() -> Path:
-    return platforms.cache_dir() / "llama-cpp-python"
+    return cache_dir() / "llama-cpp-python"
 
 
 def compiling_folder() -> Path:

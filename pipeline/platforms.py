@@ -101,13 +101,6 @@ def here() -> Platform:
     return detect(os.environ)
 
 
-def cache_dir() -> Path:
-    """Folder for things that are expensive to make and safe to delete ($MEDCOT_CACHE, else the user's cache)."""
-    if "MEDCOT_CACHE" in os.environ:
-        return Path(os.environ["MEDCOT_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "medcot"
-
-
 def environment_id() -> str:
     """Tells Python environments apart, also one that was made anew in the place of another.
 

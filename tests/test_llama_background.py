@@ -21,7 +21,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = (
-    "__init__", "errors", "file_lock", "kept_wheels", "llama_background", "llama_build", "llama_install", "platforms",
+    "__init__", "cache", "errors", "file_lock", "kept_wheels", "llama_background", "llama_build", "llama_install", "platforms",
 )  # fmt: skip
 PIP = """
 import io, os, pathlib, sys, tarfile, time, zipfile

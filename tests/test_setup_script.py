@@ -5,6 +5,7 @@ there or not. Everything else is real: the platform's detection and the installe
 """
 
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import socket
@@ -212,3 +213,30 @@ def test_torch_and_what_is_compiled_against_it_are_pinned(tmp_path: Path) -> Non
         check=True,
     )
     assert outcome.stdout.split() == ["torch==9.9.9+cu128", "torchvision==9.9.9+cu128"]
+
+
+@pytest.mark.broad  # imports peft and transformers
+def test_the_pinned_torchao_is_one_that_peft_and_transformers_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The images' 0.10 would make peft raise, in whatever process loads an adapter."""
+    from peft import import_utils
+    from transformers.utils import import_utils as transformers_utils
+
+    pins = dict(line.split("==") for line in (ROOT / "requirements-gpu.txt").read_text().split() if "==" in line)
+    there, version = importlib.util.find_spec, importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: there("json" if name == "torchao" else name, *rest)
+    )
+    for pin, accepted in {pins["torchao"]: True, "0.10.0": False}.items():
+        monkeypatch.setattr(
+            importlib.metadata, "version", lambda name, pin=pin: pin if name == "torchao" else version(name)
+        )
+        import_utils.is_torchao_available.cache_clear()
+        if accepted:
+            assert import_utils.is_torchao_available()
+        else:
+            with pytest.raises(ImportError, match="incompatible version of torchao"):
+                import_utils.is_torchao_available()
+    import_utils.is_torchao_available.cache_clear()
+    from packaging.version import parse
+
+    assert parse(pins["torchao"]) >= parse(transformers_utils.TORCHAO_MIN_VERSION)
