@@ -94,8 +94,7 @@ main() {
         PYTHON="$root/.venv/bin/python"
     fi
     local wanted
-    wanted=$(cat "$root/requirements-$setup.txt" "$root/requirements-dev.txt" "$root/pyproject.toml" "$root/scripts/setup.sh" \
-        "$root/pipeline/llama_build.py" | sha256sum | cut -d' ' -f1)
+    wanted=$(cat "$root/requirements-$setup.txt" "$root/requirements-dev.txt" "$root/pyproject.toml" "$root/scripts/setup.sh" | sha256sum | cut -d' ' -f1)
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && [ -x "$(command -v "$PYTHON")" ]; then
         return
     fi

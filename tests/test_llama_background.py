@@ -21,8 +21,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = (
-    "__init__", "cache", "errors", "file_lock", "kept_wheels", "llama_background", "llama_build", "llama_install", "platforms",
-)  # fmt: skip
+    *("__init__", "cache", "errors", "file_lock", "kept_wheels", "platforms"),
+    *("llama_background", "llama_build", "llama_install"),
+)
 PIP = """
 import io, os, pathlib, sys, tarfile, time, zipfile
 world = pathlib.Path(os.environ["WORLD"])
