@@ -85,6 +85,9 @@ class CudaBuild:
         unpack(wheel, self._target)
         return wheel, round(time.monotonic() - self._started, 1)
 
+    def end(self) -> None:
+        self._build.end()
+
 
 def unpack(wheel: Path, target: Path) -> None:
     """Whole or absent."""

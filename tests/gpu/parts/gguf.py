@@ -38,8 +38,11 @@ def prepare(request: Request) -> None:
         return
     try:
         build = CudaBuild(request, recipe_for(request.source))
-        random_gguf(request)
-        _, seconds = build.wait()
+        try:
+            random_gguf(request)
+            _, seconds = build.wait()
+        finally:
+            build.end()
         save_outcome(request, BuildOutcome(seconds=seconds))
     except MedcotError as error:
         save_outcome(request, BuildOutcome(reason=str(error)))
