@@ -28,7 +28,8 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 class TrainingProgress:
     """How far training was when the checkpoint was taken, over all sessions.
 
-    ``pending_loss`` is the sum of the losses of the steps after ``logged_step``, which the next logged mean includes.
+    ``pending_loss`` is the sum of the losses of the steps after ``logged_step``, which the next logged mean includes;
+    ``skipped_steps`` were left out by the gradient scaler.
     """
 
     step: int
@@ -37,6 +38,7 @@ class TrainingProgress:
     planned_steps: int = 0
     logged_step: int = 0
     pending_loss: float = 0.0
+    skipped_steps: int = 0
 
 
 class Seal(BaseModel):

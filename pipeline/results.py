@@ -102,6 +102,9 @@ class TrainedAdapter(Measurement):
     )
     batch_size: int | None = Field(default=None, description="Examples per forward pass of one process.")
     gradient_accumulation: int | None = Field(default=None, description="Forward passes per optimizer step.")
+    skipped_steps: int = Field(
+        default=0, description="Of ``steps``, those that the gradient scaler skipped: they changed no weight."
+    )
 
 
 class ExportedFile(Measurement):

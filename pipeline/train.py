@@ -9,7 +9,6 @@ order, random numbers, optimizer and loss curve of a training that was never sto
 
 from __future__ import annotations
 
-import gc
 import shutil
 import sys
 from dataclasses import asdict, dataclass
@@ -37,7 +36,8 @@ from pipeline.prompts import ChatFormat
 from pipeline.results import LossPoint, TrainedAdapter
 from pipeline.tracking import track
 from pipeline.training.arguments import trainer_arguments
-from pipeline.training.batch import Batch, first_batch, is_out_of_memory, keep_batch, memory_advice
+from pipeline.training.batch import Batch, first_batch, free_memory, is_out_of_memory, keep_batch, memory_advice
+from pipeline.training.gradient_scaler import is_tolerable, require_a_step_taken, skipped_steps_sentence
 from pipeline.training.held_out import best_of, out_of_patience
 from pipeline.training.lora_model import (
     adapter_weights,
@@ -115,7 +115,7 @@ def _load_model(config: Config, base: Path, dtype: str) -> Any:
         if not is_out_of_memory(error):
             raise
         advice = "choose a smaller model.base" if config.model.load_in_4bit else "set model.load_in_4bit=true"
-        raise MedcotError(f"Memory does not suffice to load {config.model.base}: {advice}.") from error
+        raise MedcotError(f"Not enough memory to load {config.model.base}: {advice}.") from error
 
 
 def _estimator(
@@ -147,30 +147,31 @@ def _train_in_memory(trainee: Trainee, batch: Batch) -> TrainedAdapter:
             smaller = batch.smaller() if automatic else None
             if smaller is None:
                 raise MedcotError(
-                    f"Memory does not suffice to train with {batch.size} example(s) at once: "
-                    f"{memory_advice(config, batch)}."
+                    f"Not enough memory to train with {batch.size} example{'s' * (batch.size > 1)} at once: "
+                    f"{memory_advice(config, batch)}{_cost_of_the_advice(trainee)}."
                 ) from error
             keep_batch(smaller, trainee.checkpoints)
             if ranks.world_size() > 1:
                 # The others wait for this one in the middle of a step, and can only be ended.
                 raise MedcotError(
-                    f"Memory does not suffice to train with {batch.size} examples at once: the same command goes on "
-                    f"with {smaller.size}."
+                    f"Not enough memory to train with {batch.size} examples at once: the same command continues with "
+                    f"{smaller.size}."
                 ) from error
         # Not before the exception is gone, whose frames hold the tensors of the step.
-        _announce(f"train: memory does not suffice for {batch.size} examples at once, goes on with {smaller.size}")
+        _announce(f"train: not enough memory for {batch.size} examples at once, continues with {smaller.size}")
         batch = smaller
         trainee.model.zero_grad(set_to_none=True)
         set_adapter_weights(trainee.model, untrained)
-        _free_memory()
+        free_memory()
 
 
-def _free_memory() -> None:
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def _cost_of_the_advice(trainee: Trainee) -> str:
+    found = latest_whole(trainee.checkpoints)
+    if found is None:
+        return ""
+    return (
+        f"; that starts training again, while the same command with more memory free resumes from step {found[1].step}"
+    )
 
 
 def _train(trainee: Trainee, batch: Batch) -> TrainedAdapter:
@@ -199,6 +200,8 @@ def _train(trainee: Trainee, batch: Batch) -> TrainedAdapter:
             data_collator=Collator(trainee.tokenizer),
         )
         ending = _go_on(trainer, found[0] if found else None)
+        if ending.finished:
+            require_a_step_taken(trainer.skipped_steps, ending.steps)
         last = LossPoint(step=ending.steps, loss=trainer.held_out_loss_at(ending.steps, log=ending.finished))
     kept = _kept_evaluation(trainee, metrics, last)
     if kept.step != last.step:
@@ -210,6 +213,10 @@ def _train(trainee: Trainee, batch: Batch) -> TrainedAdapter:
         _announce(
             f"train: time is up at step {ending.steps} of {ending.planned_steps}; the same command goes on from there"
         )
+    skipped = skipped_steps_sentence(trainer.skipped_steps, ending.steps)
+    if skipped is not None:
+        tolerable = is_tolerable(trainer.skipped_steps, ending.steps)
+        _announce(f"train: {'' if tolerable else 'warning: '}{skipped}")
     trainable, total = count_parameters(trainer.model)
     return TrainedAdapter(
         base=config.model.base,
@@ -226,6 +233,7 @@ def _train(trainee: Trainee, batch: Batch) -> TrainedAdapter:
         resumed_from_step=progress.step if found else None,
         batch_size=batch.size,
         gradient_accumulation=batch.accumulation,
+        skipped_steps=trainer.skipped_steps,
         device=", ".join(trainee.hardware.gpu_names) or trainee.hardware.cpu,
         dtype=trainee.dtype,
         load_in_4bit=config.model.load_in_4bit,

@@ -93,6 +93,25 @@ def test_evaluations_in_training_and_the_kept_adapter_are_shown_and_told() -> No
     assert any(cell.startswith("60 of 100, then no further gain") for row in section.tables[0].rows for cell in row)
 
 
+def test_steps_that_the_gradient_scaler_skipped_are_told_and_too_many_are_a_warning() -> None:
+    config = load_config("smollm2-cpu")
+
+    def cells_and_warnings(skipped: int) -> tuple[list[str], list[str]]:
+        run = Run({})
+        run.trained = trained(steps=60, skipped_steps=skipped)
+        page = build_page(config, run)
+        section = page.section("Training")
+        assert section is not None
+        cells = [row[1] for row in section.tables[0].rows if row[0] == "Skipped steps"]
+        return cells, [line.text for line in page.decision if "skipped" in line.text and line.tone == "bad"]
+
+    assert cells_and_warnings(0) == ([], [])
+    (told,), warnings = cells_and_warnings(3)
+    assert told.startswith("3 of 60 steps were skipped by the gradient scaler") and warnings == []
+    (told,), warnings = cells_and_warnings(20)
+    assert warnings == [told] and "set model.dtype=float32" in told
+
+
 def test_a_run_that_logged_no_loss_still_has_its_held_out_points() -> None:
     assert describe_loss(trained(train_loss=[])).startswith("No training loss was logged; held-out loss 2.910")
     assert "held out, before and after" in words(loss_curve(trained(train_loss=[]), [PUBLISHED]))

@@ -291,7 +291,7 @@ def test_too_little_memory_names_the_setting(long_examples: Trainings, tmp_path:
     settings = [*WIDE, "training.batch_size=8", "training.gradient_accumulation=1"]
     ended = long_examples.run(tmp_path / "adapter", settings, memory_bytes=LITTLE_MEMORY)
     assert ended.status == 1 and ended.messages.count("Error in train:") == 1
-    assert "Memory does not suffice to train with 8 example(s) at once" in ended.messages
+    assert "Not enough memory to train with 8 examples at once" in ended.messages
     assert (
         "set training.batch_size=4 and training.gradient_accumulation=2, or training.batch_size=auto" in ended.messages
     )
@@ -305,7 +305,7 @@ def test_batch_size_auto_lowers_itself_and_keeps_the_effective_batch(long_exampl
     lowered = result(out)
     assert lowered.batch_size is not None and lowered.gradient_accumulation is not None
     assert lowered.batch_size < 8 and lowered.batch_size * lowered.gradient_accumulation == 8
-    assert "memory does not suffice for 8 examples at once, goes on with 4" in ended.messages
+    assert "not enough memory for 8 examples at once, continues with 4" in ended.messages
     # The next session has all the memory there is, and keeps to the batch.
     succeeded(long_examples.run(out, automatic))
     assert (result(out).batch_size, result(out).resumed_from_step) == (lowered.batch_size, 1)

@@ -191,18 +191,19 @@ def test_memory_errors_are_told_from_others() -> None:
     ("settings", "batch", "advice"),
     [
         (["training.batch_size=8"], Batch(8, 4), "training.batch_size=4 and training.gradient_accumulation=8, or"),
-        (["training.batch_size=2"], Batch(2, 4), "training.eval_batch_size=2"),
+        # An evaluation has a batch of its own, which is not what a training step ran out of memory with.
+        (["training.batch_size=2"], Batch(2, 4), "training.batch_size=1 and training.gradient_accumulation=8, or"),
         (
-            ["training.batch_size=1", "training.eval_batch_size=1", "training.gradient_checkpointing=false"],
+            ["training.batch_size=1", "training.gradient_checkpointing=false"],
             Batch(1, 8),
             "training.gradient_checkpointing=true",
         ),
         (
-            ["training.batch_size=1", "training.eval_batch_size=1", "model.load_in_4bit=false"],
+            ["training.batch_size=1", "model.load_in_4bit=false"],
             Batch(1, 8),
             "model.load_in_4bit=true",
         ),
-        (["training.batch_size=1", "training.eval_batch_size=1"], Batch(1, 8), "lower model.max_seq_length"),
+        (["training.batch_size=1"], Batch(1, 8), "lower model.max_seq_length"),
     ],
 )
 def test_the_setting_that_helps_most_is_named(settings: list[str], batch: Batch, advice: str) -> None:

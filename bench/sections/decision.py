@@ -10,7 +10,8 @@ from bench.run_folder import Run
 from bench.sections.evaluation import by_role, comparison_of, show, show_verdict, tone_of, tuned_model, value_of
 from bench.sections.speed import seconds
 from pipeline.metrics import METRIC_BY_KEY, MetricKey
-from pipeline.results import Benchmark, Evaluation, ExportedFile, ExportedModels, Speed, Verification
+from pipeline.results import Benchmark, Evaluation, ExportedFile, ExportedModels, Speed, TrainedAdapter, Verification
+from pipeline.training.gradient_scaler import is_tolerable, skipped_steps_sentence
 
 # What a reader decides by; the others are in the table below.
 _DECISIVE: tuple[MetricKey, ...] = ("answer_perplexity", "well_formed", "choice_accuracy", "generative_accuracy")
@@ -21,6 +22,7 @@ def decide(run: Run) -> list[Line]:
     return [
         _which_file(run, shipped),
         *_failures(run),
+        *_skipped_steps(run.trained),
         _is_verified(run),
         *_tuned_against_base(run.evaluated, run.exported),
         *_speed(run.benchmarked, shipped),
@@ -61,6 +63,12 @@ def _failures(run: Run) -> Iterator[Line]:
     for stage, state in run.states.items():
         if state.failed:
             yield Line(f"{stage}: {state.name}. {state.reason}.", "bad")
+
+
+def _skipped_steps(trained: TrainedAdapter | None) -> Iterator[Line]:
+    """A warning; what is tolerable is told in the section on training."""
+    if trained is not None and not is_tolerable(trained.skipped_steps, trained.steps):
+        yield Line(skipped_steps_sentence(trained.skipped_steps, trained.steps) or "", "bad")
 
 
 def _is_verified(run: Run) -> Line:

@@ -8,6 +8,7 @@ from bench.loss_chart import describe_loss, loss_curve
 from bench.page import Chart, Section, Table, duration, percent
 from pipeline.config import ReferenceRun
 from pipeline.results import TrainedAdapter
+from pipeline.training.gradient_scaler import skipped_steps_sentence
 
 
 def training_section(trained: TrainedAdapter | None, references: Sequence[ReferenceRun]) -> Section | None:
@@ -34,6 +35,9 @@ def training_section(trained: TrainedAdapter | None, references: Sequence[Refere
     )
     if trained.resumed_from_step is not None:
         rows = (*rows, ("Resumed", f"from step {trained.resumed_from_step}"))
+    skipped = skipped_steps_sentence(trained.skipped_steps, trained.steps)
+    if skipped is not None:
+        rows = (*rows, ("Skipped steps", skipped))
     published = (_published_losses(trained, references),) if references else ()
     return Section(
         "Training",

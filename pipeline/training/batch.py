@@ -6,6 +6,7 @@ forward passes.
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -79,11 +80,9 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def memory_advice(config: Config, batch: Batch) -> str:
-    """The setting to change when training with ``batch`` ran out of memory."""
+    """The setting to change when a training step with ``batch`` ran out of memory; it starts training again."""
     training = config.training
     smaller = batch.smaller()
-    if training.eval_batch_size > batch.size:
-        return f"set training.eval_batch_size={batch.size}"
     if smaller is not None:
         processes = ranks.world_size()
         return (
@@ -96,3 +95,25 @@ def memory_advice(config: Config, batch: Batch) -> str:
     if not config.model.load_in_4bit:
         return "set model.load_in_4bit=true"
     return "lower model.max_seq_length or choose a smaller model.base"
+
+
+def evaluation_memory_advice(rows: int, step: int, last_whole_step: int) -> str:
+    """What to do when the held-out evaluation of ``rows`` at once ran out of memory at ``step``: it costs no training.
+
+    ``last_whole_step`` is that of the last checkpoint, 0 without one.
+    """
+    change = f"set training.eval_batch_size={rows // 2}" if rows > 1 else "end other programs that use memory"
+    if last_whole_step:
+        return f"{change}; training is kept, and the same command resumes from step {last_whole_step}"
+    return f"{change}, and run the same command again" + (
+        f"; no checkpoint was written before step {step}" * (step > 0)
+    )
+
+
+def free_memory() -> None:
+    """Give back what an error's frames held, once the error is gone."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline import ranks
-from pipeline.prompts import IGNORED_LABEL
 from pipeline.results import LossPoint
-
-_POSITIONS = 128  # of the sequence at a time
+from pipeline.training.piecewise_loss import summed_loss
 
 
 def held_out_loss(trainer: Any) -> float:
@@ -26,38 +24,17 @@ def held_out_loss(trainer: Any) -> float:
     model.eval()
     # Without a list every GPU's random state is taken, and a context made on those of the other processes.
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices):
-        for first in range(0, len(own), size):
-            batch = trainer.data_collator([rows[index] for index in own[first : first + size]])
-            batch = {name: value.to(model.device) for name, value in batch.items()}
-            with trainer.accelerator.autocast():
-                # On a GPU Unsloth leaves the trainer's model ready to generate: it would keep keys and values.
-                logits = model(
-                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-                ).logits
-            loss += _summed_loss(logits, batch["labels"])
-            tokens += int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
-    model.train(was_training)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            for first in range(0, len(own), size):
+                batch = trainer.data_collator([rows[index] for index in own[first : first + size]])
+                tensors = [batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels")]
+                with trainer.accelerator.autocast():
+                    own_loss, own_tokens = summed_loss(model, *tensors)
+                loss, tokens = loss + own_loss, tokens + own_tokens
+    finally:
+        model.train(was_training)
     return ranks.total(loss) / ranks.total(tokens)
-
-
-def _summed_loss(logits: Any, labels: Any) -> float:
-    import torch
-
-    loss = 0.0
-    shifted = labels[:, 1:]
-    # In pieces: the 32-bit copies of all logits at once were a third of the whole training's peak memory.
-    for start in range(0, shifted.shape[1], _POSITIONS):
-        piece = slice(start, min(start + _POSITIONS, shifted.shape[1]))
-        loss += float(
-            torch.nn.functional.cross_entropy(
-                logits[:, piece].flatten(0, 1).float(),
-                shifted[:, piece].flatten(),
-                ignore_index=IGNORED_LABEL,
-                reduction="sum",
-            )
-        )
-    return loss
 
 
 def best_of(points: Sequence[LossPoint]) -> LossPoint | None:

@@ -19,7 +19,9 @@ from trl import SFTConfig, SFTTrainer
 from pipeline import ranks
 from pipeline.checkpoints import TrainingProgress, checkpoint_path, disk_errors_told, prune, seal
 from pipeline.config import TrainingConfig
+from pipeline.errors import MedcotError
 from pipeline.progress import TrainingProgressBar
+from pipeline.training.batch import evaluation_memory_advice, free_memory, is_out_of_memory
 from pipeline.training.held_out import best_of, held_out_loss, out_of_patience
 from pipeline.training.lora_model import adapter_in_float32, autocast_asked_of
 from pipeline.training.loss_guard import LossGuard, TrainingDiverged
@@ -48,6 +50,7 @@ class AdapterTrainer(SFTTrainer):
     ) -> None:
         self.settings, self.begun_at, self.metrics_log, self.budget = settings, progress, metrics, budget
         self.tokens_seen = progress.tokens
+        self.skipped_steps = progress.skipped_steps
         self.last_whole_step = progress.step
         self.stopped_early = self.out_of_time = False
         self.guard: LossGuard | None = None
@@ -79,13 +82,13 @@ class AdapterTrainer(SFTTrainer):
     def held_out_loss_at(self, step: int, log: bool = True) -> float:
         """What metrics.jsonl has for ``step``, else what is measured now, with the model as it is.
 
-        Raises TrainingDiverged when it is not finite.
+        Raises TrainingDiverged when it is not finite, and MedcotError when memory is too small for it.
         """
         for point in self.metrics_log.points("eval_loss"):
             if point.step == step:
                 return point.loss
         started = time.monotonic()
-        loss = held_out_loss(self)
+        loss = self._held_out_loss(step)
         seconds = round(time.monotonic() - started, 3)
         self.budget.closing_takes(seconds)
         if not math.isfinite(loss):
@@ -96,6 +99,24 @@ class AdapterTrainer(SFTTrainer):
         if log:
             self.metrics_log.append({"step": step, "eval_loss": loss, "eval_seconds": seconds})
         return loss
+
+    def _held_out_loss(self, step: int) -> float:
+        """With batch_size auto as many rows at once as memory allows: the loss is the same."""
+        while True:
+            rows = self.args.per_device_eval_batch_size
+            try:
+                return held_out_loss(self)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.settings.batch_size != "auto" or rows == 1:
+                    raise MedcotError(
+                        f"Not enough memory for the loss on the held-out records with {rows} "
+                        f"record{'s' * (rows > 1)} at once: "
+                        f"{evaluation_memory_advice(rows, step, self.last_whole_step)}."
+                    ) from error
+            self.args.per_device_eval_batch_size = rows // 2
+            free_memory()
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Called by the training loop every ``eval_steps``."""
@@ -183,6 +204,7 @@ class AdapterTrainer(SFTTrainer):
             planned_steps=self.state.max_steps,
             logged_step=self._globalstep_last_logged,
             pending_loss=pending_loss,
+            skipped_steps=self.skipped_steps,
         )
 
     def take_up_pending_loss(self) -> None:
@@ -221,6 +243,7 @@ class _Bookkeeping(TrainerCallback):
         self._bar.start(state.max_steps, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._trainer.skipped_steps += self._trainer.accelerator.optimizer_step_was_skipped
         self._bar.step(state.global_step, self._trainer.tokens_per_second())
         if self._trainer.budget.is_up_after_step() and state.global_step < state.max_steps:
             self._trainer.out_of_time = control.should_save = control.should_training_stop = True
@@ -230,14 +253,15 @@ class _Bookkeeping(TrainerCallback):
             return
         self._bar.loss(float(logs["loss"]))
         norm = float(logs["grad_norm"])
-        self._trainer.metrics_log.append(
-            {
-                "step": state.global_step,
-                "loss": float(logs["loss"]),
-                "learning_rate": float(logs["learning_rate"]),
-                # Not finite where a GradScaler has left a step out; JSON has no such number.
-                "grad_norm": norm if math.isfinite(norm) else None,
-                "tokens": self._trainer.tokens_seen,
-                "seconds": round(self._trainer.seconds_spent(), 3),
-            }
-        )
+        row = {
+            "step": state.global_step,
+            "loss": float(logs["loss"]),
+            "learning_rate": float(logs["learning_rate"]),
+            # Not finite where the gradient scaler has skipped a step; JSON has no such number.
+            "grad_norm": norm if math.isfinite(norm) else None,
+            "tokens": self._trainer.tokens_seen,
+            "seconds": round(self._trainer.seconds_spent(), 3),
+        }
+        if self._trainer.accelerator.scaler is not None:
+            row["skipped_steps"] = self._trainer.skipped_steps  # from the beginning on, as tokens and seconds are
+        self._trainer.metrics_log.append(row)
