@@ -46,15 +46,11 @@ class OneTraining(BaseModel):
 
 
 class LoggedStep(BaseModel):
-    """A line of metrics.jsonl: loss in nats per token, tokens and seconds since training began.
-
-    The gradient's norm is None where the gradient scaler left the step out.
-    """
+    """A line of metrics.jsonl: loss in nats per token, tokens and seconds since training began."""
 
     model_config = ConfigDict(frozen=True)
     step: int
     loss: float
-    grad_norm: float | None
     tokens: int
     seconds: float
 
@@ -73,11 +69,6 @@ class TrainedOnce(BaseModel):
     memory_bytes: int = Field(description="Largest resident set of the process.")
     planned_memory_bytes: int
     plan_problems: list[str]
-
-    @property
-    def skipped_steps(self) -> int:
-        """Steps that the gradient scaler left out, of those that were logged."""
-        return sum(step.grad_norm is None for step in self.steps)
 
 
 def train_together(requests: Sequence[OneTraining]) -> list[TrainedOnce | MedcotError]:

@@ -39,7 +39,7 @@ def _record(recorder: Recorder, name: str, done: TrainedOnce, card: Card | None)
         recorder.figure(f"{name}: GPU memory{PLANNED}", done.planned_gpu_bytes / 1e9, "GB")
     recorder.figure(f"{name}: memory", done.memory_bytes / 1e9, "GB")
     recorder.figure(f"{name}: memory{PLANNED}", done.planned_memory_bytes / 1e9, "GB")
-    recorder.figure(f"{name}: skipped steps", done.skipped_steps)
+    recorder.figure(f"{name}: skipped steps", trained.skipped_steps)
     recorder.figure(f"{name}: held-out loss before", trained.eval_loss_before, "nats")
     recorder.figure(f"{name}: held-out loss after", trained.eval_loss_after, "nats")
     recorder.check(
@@ -49,8 +49,8 @@ def _record(recorder: Recorder, name: str, done: TrainedOnce, card: Card | None)
     )
     recorder.check(
         f"{name}: not every step is skipped",
-        done.skipped_steps < len(losses),
-        f"{done.skipped_steps} of {len(losses)} skipped by the gradient scaler",
+        trained.skipped_steps < len(losses),
+        f"{trained.skipped_steps} of {len(losses)} skipped by the gradient scaler",
     )
     recorder.check(
         f"{name}: the plan lets it start", not done.plan_problems, "; ".join(done.plan_problems) or "no problem"
