@@ -56,7 +56,7 @@ class LoggedStep(BaseModel):
 
 
 class TrainedOnce(BaseModel):
-    """``seconds`` is the whole stage's, loading and held-out loss included; GPU bytes are PyTorch's peaks."""
+    """``seconds`` is the whole stage's, imports, loading and held-out loss included; GPU bytes are PyTorch's peaks."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     trained: TrainedAdapter
@@ -109,6 +109,7 @@ def _start(request: OneTraining) -> list[subprocess.Popen[str]]:
 
 
 def _train(request: OneTraining) -> None:
+    begun = time.monotonic()
     config, stage = load_run_config(request.run_dir), stage_named("train")
     if request.card is not None:
         report_as(request.card)
@@ -125,10 +126,11 @@ def _train(request: OneTraining) -> None:
             rank=ranks.rank(),
             world_size=ranks.world_size(),
         )
+    before_plan = time.monotonic()
     plan = make_plan(config, request.run_dir, stages=(stage.name,))
-    started = time.monotonic()
+    begun += time.monotonic() - before_plan
     trained = stage.load()(config, stage_inputs(stage, request.run_dir), request.out_dir)
-    seconds = time.monotonic() - started
+    seconds = time.monotonic() - begun
     on_gpu = torch.cuda.is_available()
     if ranks.is_first():
         assert isinstance(trained, TrainedAdapter)
