@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -219,14 +220,16 @@ def test_a_rehearsal_runs_and_is_no_result_of_a_gpu(tmp_path: Path) -> None:
     done = run_suite("--rehearse", *only, "--out", str(tmp_path))
     log = (tmp_path / "log.txt").read_text()
     assert done.returncode == 0, done.stderr + log[-6000:]
-    results = read_results(tmp_path / "rehearsal.json")
+    results = read_results(tmp_path / "rehearsal-agreement-training-gguf.json")
     assert json.loads(done.stdout) == results.model_dump(mode="json")
     assert [(part.part, part.status) for part in results.parts] == [(part, "passed") for part in parts]
     figures = {figure.name: figure.value for part in results.parts for figure in part.figures}
     assert min(figures["medcot, 128 tokens"], figures["TRL + PEFT, 128 tokens"]) > 0
     assert "medcot over TRL + PEFT, 128 tokens" in figures
     checks = {check.name for part in results.parts for check in part.checks}
-    assert "mean loss over all steps" in checks
+    assert {"mean loss over all steps", "the CPU's logits", "medcot evaluate"} <= checks
+    with tarfile.open(tmp_path / "measurements.tar.gz") as archive:
+        assert {"pip-freeze.txt", "nvidia-smi.txt", "parts/gguf/result.json"} <= set(archive.getnames())
     assert "8B in NF4, training speed" in done.stderr
     with pytest.raises(MedcotError, match="rehearsal"):
         markdown([results])
