@@ -4,8 +4,8 @@
 
 On a T4's machine, with two to four slow cores, the build with CUDA takes half an hour and more; training meanwhile
 needs the GPU. So the build runs next to it with a low priority: first for the CPU (ten minutes; export, verify
-and chat need no more), then, in the same folder so that nothing is compiled twice, CUDA's part. Waiting for CUDA before
-export would hold back the GGUF of a short training; installing for the CPU in set-up would hold back every training.
+and chat need no more), then with CUDA, which compiles 5 of those minutes again. Waiting for CUDA before export would
+hold back the GGUF of a short training by more than that; compiling for the CPU in set-up would hold back all training.
 
 What set-up has ordered is noted for this environment until it is installed; a background process that has been ended
 is started again by whoever waits for it.

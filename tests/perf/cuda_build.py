@@ -5,7 +5,7 @@
     python tests/perf/cuda_build.py TOOLKIT [--architectures 75] [--jobs 2] [--work FOLDER]
 
 The CUDA compiler comes from PyPI (all packages of one minor version; 2 GB). Builds as set-up does: first for the
-CPU, then with CUDA in the same folder, so that the second compiles only CUDA's part. Prints the wall and the processor
+CPU, then with CUDA in the same folder, which spares the second ggml's CPU part. Prints the wall and the processor
 time of each, as one JSON line a build.
 """
 
