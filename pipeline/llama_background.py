@@ -93,6 +93,8 @@ def start(announce: Announce) -> None:
         return
     if not is_installed(order.meanwhile):
         _install_kept(order.meanwhile, announce)
+    if attached := kept_wheels.offered(order.best):
+        announce(f"{attached} has this build: if it is of a notebook of yours, MEDCOT_WHEELS={attached} installs it")
     _start_builder()
     announce(
         f"{order.best.title} is compiled in the background (log: {log_of(order.best)}); "

@@ -68,8 +68,8 @@ class Platform:
     ``runs`` holds a folder for each run and ``persistence`` says what becomes of it; ``kept`` is where copies outlive
     the machine (None: nowhere, or no need), ``to_keep`` what to do where nothing would be kept; ``scratch`` is where
     downloads and temporary files go (None: where they always go). ``wheels`` is where what set-up has compiled outlives
-    the machine, if anywhere. A ``service`` brings its own PyTorch: packages go next to that, into no virtual
-    environment.
+    the machine, if anywhere, and ``attached`` what the user has brought into this session. A ``service`` brings its own
+    PyTorch: packages go next to that, into no virtual environment.
     """
 
     name: str
@@ -80,6 +80,7 @@ class Platform:
     to_keep: str | None = None
     scratch: Path | None = None
     wheels: Path | None = None
+    attached: Path | None = None
 
 
 def detect(environ: Mapping[str, str], root: Path = Path("/")) -> Platform:
@@ -170,6 +171,7 @@ def _kaggle(environ: Mapping[str, str], root: Path) -> Platform:
         "Files only",
         scratch=temp if writable else root / "tmp/medcot",
         wheels=root / "kaggle/working/wheels",
+        attached=root / "kaggle/input",
     )
 
 
