@@ -31,7 +31,6 @@ from pipeline.llama_build import Recipe, cpu_recipe, give_way, progress, wanted
 from pipeline.llama_install import (
     ROOT,
     compile_and_keep,
-    compiling_folder,
     folder,
     has_cuda,
     in_use_file,
@@ -201,14 +200,15 @@ def build_ordered() -> None:
         if order is None:
             return
         give_way()
+        compiling = folder() / "compiling"  # one for both: the second build reuses what the first has made
         for recipe in order.recipes:
             if _failure(recipe) is not None or kept_wheels.find(recipe) or is_installed(recipe):
                 continue
             try:
-                compile_and_keep(recipe)
+                compile_and_keep(recipe, compiling)
             except MedcotError as error:
                 _failure_file(recipe).write_text(str(error), encoding="utf-8")
-        shutil.rmtree(compiling_folder(), ignore_errors=True)  # 2 GB
+        shutil.rmtree(compiling, ignore_errors=True)
 
 
 def _install_kept(recipe: Recipe, announce: Announce) -> bool:
