@@ -14,11 +14,9 @@ https://github.com/Kaggle/docker-python, which builds on Colab's), and what the 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import sys
-import sysconfig
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +105,9 @@ def environment_id() -> str:
 
     What set-up has installed is in one environment, and what it notes about it must hold for no other.
     """
+    import hashlib  # here, because every command imports this module
+    import sysconfig
+
     packages = Path(sysconfig.get_path("purelib"))
     made = packages.stat().st_ino if packages.is_dir() else 0
     return hashlib.sha256(f"{sys.prefix} {sys.version} {packages} {made}".encode()).hexdigest()[:12]
