@@ -24,7 +24,7 @@ STAGE = click.Choice(["prepare", "train", "export", "verify", "evaluate", "bench
 EXISTING_GGUF = click.Path(path_type=Path)
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 # Set-up may still be compiling it.
-_USES_LLAMA_CPP = frozenset({"export", "verify", "evaluate", "bench", "chat", "serve"})
+_USES_LLAMA_CPP = frozenset({"export", "verify", "evaluate", "bench", "chat", "serve", "space"})
 _ON_GPU = frozenset({"evaluate", "bench"})
 
 set_option = click.option(

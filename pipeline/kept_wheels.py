@@ -4,8 +4,8 @@
     <folder>/<key of the recipe>/recipe.json             what it was made of, its size and SHA-256; written last
 
 Google Drive's folder ``medcot`` is such a place, and /kaggle/working, whose files a later session has under
-/kaggle/input when this version is attached to it. From there a wheel is only taken when MEDCOT_WHEELS names its folder:
-a wheel is code, and a data set may be anyone's.
+/kaggle/input when this version is attached to it. From there a wheel is offered, and only taken when MEDCOT_WHEELS
+names its folder: a wheel is code, and a data set may be anyone's.
 
 Standard library only: set-up asks.
 """
@@ -50,6 +50,19 @@ def find(recipe: Recipe, places: Sequence[Path] | None = None) -> Path | None:
                 continue
             if _sha256(wheel) == record["sha256"]:
                 return wheel
+    return None
+
+
+def offered(recipe: Recipe) -> Path | None:
+    """A folder among what is attached to this session that has such a wheel; whose it is only the user knows."""
+    attached = platforms.here().attached
+    if attached is None:
+        return None
+    # Not every file of a large data set is looked at: Kaggle has outputs one to three folders deep.
+    for depth in ("*", "*/*", "*/*/*"):
+        for record in sorted(attached.glob(f"{depth}/wheels/{recipe.key}/{_RECORD}")):
+            if find(recipe, [record.parents[1]]):
+                return record.parents[1]
     return None
 
 

@@ -4,8 +4,8 @@
 
 On a T4's machine, with two to four slow cores, the build with CUDA takes half an hour and more; training meanwhile
 needs the GPU. So the build runs next to it with a low priority: first for the CPU (ten minutes; export, verify
-and chat need no more), then, in the same folder so that nothing is compiled twice, CUDA's part. Waiting for CUDA before
-export would hold back the GGUF of a short training; installing for the CPU in set-up would hold back every training.
+and chat need no more), then with CUDA, which compiles 5 of those minutes again. Waiting for CUDA before export would
+hold back the GGUF of a short training by more than that; compiling for the CPU in set-up would hold back all training.
 
 What set-up has ordered is noted for this environment until it is installed; a background process that has been ended
 is started again by whoever waits for it.
@@ -31,7 +31,6 @@ from pipeline.llama_build import Recipe, cpu_recipe, give_way, progress, wanted
 from pipeline.llama_install import (
     ROOT,
     compile_and_keep,
-    compiling_folder,
     folder,
     has_cuda,
     in_use_file,
@@ -93,6 +92,8 @@ def start(announce: Announce) -> None:
         return
     if not is_installed(order.meanwhile):
         _install_kept(order.meanwhile, announce)
+    if attached := kept_wheels.offered(order.best):
+        announce(f"{attached} has this build: if it is of a notebook of yours, MEDCOT_WHEELS={attached} installs it")
     _start_builder()
     announce(
         f"{order.best.title} is compiled in the background (log: {log_of(order.best)}); "
@@ -199,14 +200,15 @@ def build_ordered() -> None:
         if order is None:
             return
         give_way()
+        compiling = folder() / "compiling"  # one for both: the second build reuses what the first has made
         for recipe in order.recipes:
             if _failure(recipe) is not None or kept_wheels.find(recipe) or is_installed(recipe):
                 continue
             try:
-                compile_and_keep(recipe)
+                compile_and_keep(recipe, compiling)
             except MedcotError as error:
                 _failure_file(recipe).write_text(str(error), encoding="utf-8")
-        shutil.rmtree(compiling_folder(), ignore_errors=True)  # 2 GB
+        shutil.rmtree(compiling, ignore_errors=True)
 
 
 def _install_kept(recipe: Recipe, announce: Announce) -> bool:

@@ -5,9 +5,8 @@
     build = Build(recipe, source, folder)            compiles from now on, in a process of its own
     wheel = build.wait()                             raises MedcotError with the compiler's last words
 
-The build with CUDA takes 33 minutes of processor time for one architecture, beside 9 for the rest (LOG.md); those who
-wait for it are in pipeline/llama_install.py. Standard library and ``pipeline/platforms.py`` only: set-up asks
-before anything is installed.
+CUDA's part takes 33 minutes of processor time for one architecture, next to 8 for all else (LOG.md); who waits for it
+is in pipeline/llama_background.py. Standard library only: set-up asks.
 """
 
 from __future__ import annotations
@@ -231,8 +230,9 @@ class Build:
         """``source`` is the source distribution, packed or unpacked.
 
         What a build has compiled in ``folder`` serves the next one there, when both are of one unpacked source: after
-        the build for the CPU, CUDA's part only is compiled. ``pip_options`` are for a machine that can fetch nothing
-        (--no-index --no-build-isolation); ``log`` gets what it says [default: in ``folder``].
+        the build for the CPU, one with CUDA compiles its own part and libllama, not ggml. ``pip_options`` are for a
+        machine that can fetch nothing (--no-index --no-build-isolation); ``log`` gets what it says [default: in
+        ``folder``].
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.recipe = recipe

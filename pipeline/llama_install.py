@@ -14,7 +14,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -46,20 +45,21 @@ def install_now(announce: Announce) -> None:
     if wheel is not None and install(wheel, recipe) is None:
         return
     announce(f"{recipe.title} is compiled: 5 to 10 minutes on 2 cores")
-    try:
-        wheel = compile_and_keep(recipe)
-    except MedcotError as error:
-        raise MedcotError(f"llama-cpp-python cannot be built: {error}.") from error
-    reason = install(wheel, recipe)
-    shutil.rmtree(compiling_folder(), ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="llama-cpp-python-") as compiling:
+        try:
+            wheel = compile_and_keep(recipe, Path(compiling))
+        except MedcotError as error:
+            raise MedcotError(f"llama-cpp-python cannot be built: {error}.") from error
+        reason = install(wheel, recipe)
     if reason is not None:
         raise MedcotError(f"llama-cpp-python does not run on this machine: {reason}.")
 
 
-def compile_and_keep(recipe: Recipe) -> Path:
-    """Its kept wheel. Raises MedcotError with the compiler's words."""
-    source = fetch_source(recipe.version, compiling_folder())
-    wheel = Build(recipe, source, compiling_folder(), log=log_of(recipe)).wait(_MOST_SECONDS)
+def compile_and_keep(recipe: Recipe, compiling: Path) -> Path:
+    """Its wheel, compiled in a folder that takes 2 GB. Raises MedcotError with the compiler's words."""
+    folder().mkdir(parents=True, exist_ok=True)
+    source = fetch_source(recipe.version, compiling)
+    wheel = Build(recipe, source, compiling, log=log_of(recipe)).wait(_MOST_SECONDS)
     for problem in kept_wheels.keep(wheel, recipe):
         print(f"setup: {problem}", file=sys.stderr)
     return kept_wheels.find(recipe) or wheel
@@ -128,10 +128,6 @@ def _installed_version() -> str | None:
 
 def folder() -> Path:
     return cache_dir() / "llama-cpp-python"
-
-
-def compiling_folder() -> Path:
-    return folder() / "compiling"
 
 
 def in_use_file() -> Path:

@@ -14,11 +14,9 @@ https://github.com/Kaggle/docker-python, which builds on Colab's), and what the 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import sys
-import sysconfig
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +66,8 @@ class Platform:
     ``runs`` holds a folder for each run and ``persistence`` says what becomes of it; ``kept`` is where copies outlive
     the machine (None: nowhere, or no need), ``to_keep`` what to do where nothing would be kept; ``scratch`` is where
     downloads and temporary files go (None: where they always go). ``wheels`` is where what set-up has compiled outlives
-    the machine, if anywhere. A ``service`` brings its own PyTorch: packages go next to that, into no virtual
-    environment.
+    the machine, if anywhere, and ``attached`` what the user has brought into this session. A ``service`` brings its own
+    PyTorch: packages go next to that, into no virtual environment.
     """
 
     name: str
@@ -80,6 +78,7 @@ class Platform:
     to_keep: str | None = None
     scratch: Path | None = None
     wheels: Path | None = None
+    attached: Path | None = None
 
 
 def detect(environ: Mapping[str, str], root: Path = Path("/")) -> Platform:
@@ -106,6 +105,9 @@ def environment_id() -> str:
 
     What set-up has installed is in one environment, and what it notes about it must hold for no other.
     """
+    import hashlib  # here, because every command imports this module
+    import sysconfig
+
     packages = Path(sysconfig.get_path("purelib"))
     made = packages.stat().st_ino if packages.is_dir() else 0
     return hashlib.sha256(f"{sys.prefix} {sys.version} {packages} {made}".encode()).hexdigest()[:12]
@@ -170,6 +172,7 @@ def _kaggle(environ: Mapping[str, str], root: Path) -> Platform:
         "Files only",
         scratch=temp if writable else root / "tmp/medcot",
         wheels=root / "kaggle/working/wheels",
+        attached=root / "kaggle/input",
     )
 
 

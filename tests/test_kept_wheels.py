@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import kept_wheels
+from pipeline import kept_wheels, platforms
 from pipeline.llama_build import Recipe
 
 RECIPE = Recipe("0.3.36", ("-DGGML_CUDA=ON", "-DC=75;80"), "12.8", "cpython-312", "Linux x86_64", ("avx2", "fma"))
@@ -62,12 +62,19 @@ def test_an_attached_folder_is_read_where_the_user_names_it(
     wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MEDCOT_CACHE", str(tmp_path / "cache"))
-    attached = tmp_path / "input/my-notebook/wheels"
+    kaggle = platforms.detect({"KAGGLE_KERNEL_RUN_TYPE": "Batch"}, tmp_path)
+    monkeypatch.setattr(platforms, "here", lambda: kaggle)
+    assert kept_wheels.offered(RECIPE) is None
+    attached = tmp_path / "kaggle/input/notebooks/me/my-notebook/wheels"
     kept_wheels.keep(wheel, RECIPE, [attached])
     monkeypatch.delenv("MEDCOT_WHEELS", raising=False)
-    assert kept_wheels.find(RECIPE) is None
+    assert kept_wheels.find(RECIPE) is None and kept_wheels.offered(RECIPE) == attached
+    assert kept_wheels.offered(replace(RECIPE, cuda="13.0")) is None
     monkeypatch.setenv("MEDCOT_WHEELS", str(attached))
     assert kept_wheels.find(RECIPE) == attached / RECIPE.key / wheel.name
     kept_wheels.keep(wheel, RECIPE)
+    output = tmp_path / "kaggle/working/wheels" / RECIPE.key
+    assert (output / wheel.name).read_bytes() == wheel.read_bytes()
     kept_wheels.forget(RECIPE)
-    assert not (tmp_path / "cache/wheels" / RECIPE.key).exists() and (attached / RECIPE.key).is_dir()
+    assert not (tmp_path / "cache/wheels" / RECIPE.key).exists() and not output.exists()
+    assert (attached / RECIPE.key).is_dir()

@@ -15,6 +15,7 @@ from pipeline.artifacts import read_manifest
 from pipeline.config import Config, load_config
 from pipeline.errors import MedcotError
 from pipeline.failure import read_failure
+from pipeline.processes import with_our_packages
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +115,23 @@ def test_what_needs_llama_cpp_waits_for_the_build_that_set_up_has_begun(
         with pytest.raises(MedcotError, match="ended without writing"):
             driver._make(driver.stage_named(name), driver._State("x", None, None), tmp_path, False, lambda text: None)
     assert happened[1:] == ["in use", "export", "released", "in use, on the GPU", "evaluate", "released", "train"]
+
+
+@pytest.mark.broad  # a process that imports everything the plan needs
+def test_the_plan_and_the_data_need_no_llama_cpp(base: Path, tmp_path: Path) -> None:
+    """On a GPU machine it is still being compiled then."""
+    (tmp_path / "llama_cpp").mkdir()
+    (tmp_path / "llama_cpp/__init__.py").write_text("raise ImportError('still being compiled')\n")
+    environ = with_our_packages()
+    environ["PYTHONPATH"] = f"{tmp_path}:{environ['PYTHONPATH']}"
+    settings = (f"model.base={base}", "data.eval_rows=10", "name=tiny")
+    overrides = [*(f"--set={each}" for each in settings), "--run-dir", str(tmp_path / "run")]
+    for command in (["plan"], ["run", "--until", "prepare"]):
+        outcome = subprocess.run(
+            [sys.executable, "-m", "pipeline.cli", *command, *overrides],
+            env=environ, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert outcome.returncode == 0, outcome.stderr
 
 
 def test_files_of_others_are_not_touched(base: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@
     python tests/perf/cuda_build.py TOOLKIT [--architectures 75] [--jobs 2] [--work FOLDER]
 
 The CUDA compiler comes from PyPI (all packages of one minor version; 2 GB). Builds as set-up does: first for the
-CPU, then with CUDA in the same folder, so that the second compiles only CUDA's part. Prints the wall and the processor
+CPU, then with CUDA in the same folder, which spares the second ggml's CPU part. Prints the wall and the processor
 time of each, as one JSON line a build.
 """
 
@@ -26,7 +26,12 @@ sys.path.insert(0, str(ROOT))
 
 from pipeline import llama_build  # noqa: E402
 
-LOAD = "import llama_cpp; llama_cpp.llama_backend_init(); print(llama_cpp.llama_supports_gpu_offload())"
+LOAD = """
+import ctypes, pathlib, llama_cpp
+llama_cpp.llama_backend_init()
+library = ctypes.CDLL(str(pathlib.Path(llama_cpp.__file__).parent / "lib/libggml-cuda.so"))
+print(library.ggml_backend_cuda_get_device_count(), bool(llama_cpp.llama_supports_gpu_offload()))
+"""
 
 
 def toolkit_from_packages(target: Path) -> Path:
@@ -80,7 +85,7 @@ def main() -> None:
         print(json.dumps({"libggml-cuda.so bytes": packed.getinfo(llama_build.LIBRARY).file_size}))
     environ = os.environ | {"PYTHONPATH": f"{work / 'loaded'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     told = subprocess.run([sys.executable, "-c", LOAD], env=environ, capture_output=True, text=True, check=True)
-    print(json.dumps({"offloads": told.stdout.strip(), "told": told.stderr.strip()[-300:]}))
+    print(json.dumps({"devices, offloads": told.stdout.strip(), "told": told.stderr.strip()[-300:]}))
 
 
 if __name__ == "__main__":
