@@ -93,7 +93,7 @@ def bench_models(
 def answer_length(evaluation: Evaluation, model: str) -> AnswerLength | None:
     """What the evaluated ``model`` wrote on average; None where it was not evaluated."""
     measured = next((each for each in evaluation.models if each.model == model), None)
-    if measured is None or measured.mean_new_tokens <= 0:
+    if measured is None or measured.finished is None or measured.mean_new_tokens <= 0:
         return None
     thought = measured.thought_tokens.value if measured.thought_tokens else 0.0
     return AnswerLength(

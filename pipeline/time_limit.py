@@ -1,7 +1,7 @@
 """``evaluation.max_minutes`` and ``bench.max_minutes``: a stage ends in time with what it has measured by then.
 
-The limit is a session's: each start of the stage has all of it. A stage that its limit ended is finished for this limit,
-and goes on with what it kept once the limit is raised or removed.
+The limit is a session's: each start of the stage has all of it. A stage that its limit ended is finished for this
+limit, and continues once the limit is raised or removed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from pipeline.config import Config
 
 @dataclass(frozen=True)
 class TimeLimit:
-    """``ends`` is a reading of ``clock`` (seconds), None for no limit; time.monotonic reads the same in a child process."""
+    """``ends`` is a reading of ``clock`` (seconds), None for no limit.
+
+    time.monotonic counts from the machine's start, so it reads the same in a child process.
+    """
 
     minutes: float | None = None
     ends: float | None = None
@@ -51,7 +54,7 @@ NO_LIMIT = TimeLimit()
 def is_raised(result: Mapping[str, Any], stage: str, config: Config) -> bool:
     """Whether ``result``, of a manifest, was ended early by a limit that is now larger or gone."""
     ended = result.get("ended_early")
-    section = {"evaluate": config.evaluation, "bench": config.bench}.get(stage)
-    if ended is None or section is None:
+    if ended is None:
         return False
-    return section.max_minutes is None or section.max_minutes > float(ended["minutes"])
+    limit = config.bench.max_minutes if stage == "bench" else config.evaluation.max_minutes
+    return limit is None or limit > float(ended["minutes"])
