@@ -155,8 +155,9 @@ def evaluate_models(
         removed = remove_unusable(out_dir, task.path, task.keys, engine)
         if removed:
             print(
-                f"evaluate: {removed} kept answers of {task.path.name} were written by another engine than {engine}, "
-                "which answers now: these records are asked again",
+                f"evaluate: {removed} kept answers of {task.path.name} were written by "
+                f"{'llama.cpp' if engine == 'transformers' else 'transformers'}; {engine} answers now, and is asked "
+                "these records again",
                 file=sys.stderr,
             )
     evaluate_side_by_side(tasks, roles, trained)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -33,16 +33,8 @@ from pipeline.processes import end_with_parent
 from pipeline.results import EngineName
 
 POLL_SECONDS = 0.5
+_TURN_SECONDS = 120  # in which a model's likelihoods are measured before it is another's turn
 _NO_RECORDS = range(0)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A function to be called in a process of its own; ``died`` is told when that process is gone."""
-
-    function: Callable[..., None]
-    arguments: tuple[Any, ...]
-    died: str
 
 
 def evaluate_side_by_side(
@@ -53,57 +45,88 @@ def evaluate_side_by_side(
     Two models with one thread each are done sooner than one after the other with two threads (LOG.md,
     2026-11-22), and a model that makes libllama abort takes only its own process with it. What they find is in the
     files of kept_records. With ``trained`` the answers are written under transformers, while the GGUFs' likelihoods are
-    measured. Models that cannot be held at once take turns where there is a time limit.
+    measured. Models that cannot be held at once take turns where there is a time limit, which so finds them about
+    equally far.
     """
-    paths = [task.path for task in tasks]
+    paths, limit = [task.path for task in tasks], tasks[0].limit
     workers = side_by_side(paths, tasks[0].settings.engine)
     threads = tasks[0].settings.engine.threads or max(1, usable_cores() // workers)
     tasks = [
         replace(task, settings=replace(task.settings, engine=replace(task.settings.engine, threads=threads)))
         for task in tasks
     ]
-
-    def jobs(function: Callable[..., None], *arguments: Any) -> list[_Job]:
-        """One for each model."""
-        return [
-            _Job(
-                function,
-                (task, *arguments),
-                f"The process that evaluated {task.path} was ended by the system or by llama.cpp itself: the file is "
-                "damaged, or memory ran out. Check it with medcot chat, or evaluate one model at a time.",
-            )
-            for task in tasks
-        ]
-
-    everything = range(len(tasks[0].records))
-    if trained is not None:
-        answering = _Job(
-            answer_with_transformers,
-            (trained, tasks, roles),
-            "The process that answered under transformers was ended by the system, most often because memory ran out: "
-            "let llama.cpp answer (evaluation.engine=llama.cpp).",
-        )
-        waves = [[answering, *jobs(evaluate_one, _NO_RECORDS)], jobs(complete_answers)]
-    elif tasks[0].limit.is_set and workers < len(tasks):
-        waves = [jobs(evaluate_one, part) for part in (_NO_RECORDS, *tasks[0].rounds)]
-    else:
-        waves = [jobs(evaluate_one, everything)]
     pool = ProcessPoolExecutor(workers + (trained is not None), get_context("spawn"), initializer=end_with_parent)
     with pool, _progress() as progress:
-        bars = [progress.add_task(task.path.name, total=len(task.records)) for task in tasks]
-        for wave in waves:
-            futures = {pool.submit(job.function, *job.arguments): job for job in wave}
-            while not all(future.done() for future in futures):
-                wait(futures, timeout=POLL_SECONDS, return_when=FIRST_EXCEPTION)
-                for task, bar in zip(tasks, bars, strict=True):
-                    progress.update(bar, completed=_answered(task))
-                if any(future.done() and future.exception() for future in futures):
-                    break
-            for future, job in futures.items():
-                try:
+        work = _Work(pool, progress, tasks)
+        if trained is not None:
+            work.begin(
+                "The process that answered under transformers was ended by the system, most often because memory ran "
+                "out: let llama.cpp answer (evaluation.engine=llama.cpp).",
+                answer_with_transformers,
+                trained,
+                tasks,
+                roles,
+            )
+        if limit.is_set and workers < len(tasks):
+            while not limit.is_up() and any(unscored(task) for task in tasks):
+                work.wave(evaluate_one, _NO_RECORDS, _TURN_SECONDS)
+            for part in tasks[0].rounds if trained is None else ():
+                work.wave(evaluate_one, part)
+        else:
+            work.wave(evaluate_one, range(len(tasks[0].records)) if trained is None else _NO_RECORDS)
+        if trained is not None:
+            work.wait_for_all()
+            work.wave(complete_answers)
+
+
+class _Work:
+    """Calls in processes of their own, waited for while the progress is shown."""
+
+    def __init__(self, pool: ProcessPoolExecutor, progress: Progress, tasks: Sequence[EvaluationTask]) -> None:
+        self._pool = pool
+        self._progress = progress
+        self._tasks = tasks
+        self._bars = [progress.add_task(task.path.name, total=len(task.records)) for task in tasks]
+        self._begun: dict[Future[None], str] = {}
+
+    def begin(self, died: str, function: Callable[..., None], *arguments: Any) -> Future[None]:
+        """``died`` is the error's text when the process is gone."""
+        future = self._pool.submit(function, *arguments)
+        self._begun[future] = died
+        return future
+
+    def wave(self, function: Callable[..., None], *arguments: Any) -> None:
+        """``function(task, *arguments)`` for every task; back when all of them are done."""
+        self._wait(
+            [
+                self.begin(
+                    f"The process that evaluated {task.path} was ended by the system or by llama.cpp itself: the file "
+                    "is damaged, or memory ran out. Check it with medcot chat, or evaluate one model at a time.",
+                    function,
+                    task,
+                    *arguments,
+                )
+                for task in self._tasks
+            ]
+        )
+
+    def wait_for_all(self) -> None:
+        self._wait(list(self._begun))
+
+    def _wait(self, futures: Sequence[Future[None]]) -> None:
+        """Raises the error of whatever has failed, one of ``futures`` or not."""
+        failed = False
+        while not failed and not all(future.done() for future in futures):
+            wait(futures, timeout=POLL_SECONDS, return_when=FIRST_EXCEPTION)
+            for task, bar in zip(self._tasks, self._bars, strict=True):
+                self._progress.update(bar, completed=_answered(task))
+            failed = any(future.done() and future.exception() for future in self._begun)
+        for future, died in self._begun.items():
+            try:
+                if future.done() or future in futures:
                     future.result()
-                except BrokenProcessPool as error:
-                    raise MedcotError(job.died) from error
+            except BrokenProcessPool as error:
+                raise MedcotError(died) from error
 
 
 def side_by_side(paths: Sequence[Path], engine: engines.Settings) -> int:
@@ -114,28 +137,41 @@ def side_by_side(paths: Sequence[Path], engine: engines.Settings) -> int:
     return min(len(paths), usable_cores()) if fits else 1
 
 
+def known_likelihoods(task: EvaluationTask) -> dict[str, Likelihood]:
+    return {
+        **read_lines(records_path(task.out_dir, task.path), RecordOutcome, task.keys),
+        **read_lines(likelihoods_path(task.out_dir, task.path), Likelihood, task.keys),
+    }
+
+
+def unscored(task: EvaluationTask) -> list[int]:
+    """Indices of the records whose likelihood is not known yet."""
+    known = known_likelihoods(task)
+    return [index for index, key in enumerate(task.keys) if key not in known]
+
+
 def _answered(task: EvaluationTask) -> int:
     """Answers under transformers are in a file of their own first."""
     files = (records_path(task.out_dir, task.path), answers_path(task.out_dir, task.path))
     return max(path.read_bytes().count(b"\n") if path.is_file() else 0 for path in files)
 
 
-def evaluate_one(task: EvaluationTask, part: Sequence[int]) -> None:
+def evaluate_one(task: EvaluationTask, part: Sequence[int], turn_seconds: float | None = None) -> None:
     """One model in this process: likelihoods of all records, then answers to those in ``part``, as far as missing.
 
-    Likelihoods come first, because they take little of the time and decide most. Ends at the task's limit.
+    Likelihoods come first, because they take little of the time and decide most. Ends at the task's limit, or with the
+    model's turn.
     """
     outcomes = read_lines(records_path(task.out_dir, task.path), RecordOutcome, task.keys)
-    scored: dict[str, Likelihood] = {
-        **outcomes, **read_lines(likelihoods_path(task.out_dir, task.path), Likelihood, task.keys)
-    }  # fmt: skip
-    unscored = [index for index, key in enumerate(task.keys) if key not in scored]
+    scored = known_likelihoods(task)
+    to_score = unscored(task)
     unanswered = [index for index in part if task.keys[index] not in outcomes]
-    if task.limit.is_up() or not (unscored or unanswered):
+    limit = task.limit if turn_seconds is None else task.limit.at_most(turn_seconds)
+    if limit.is_up() or not (to_score or unanswered):
         return
     with engines.open_engine(task.path, task.settings.engine) as engine:
-        for index in unscored:
-            if task.limit.is_up():
+        for index in to_score:
+            if limit.is_up():
                 return
             key = task.keys[index]
             scored[key] = measure_likelihood(engine, key, task.records[index])

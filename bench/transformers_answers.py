@@ -7,6 +7,7 @@ the two ways of answering differ in nothing but who multiplies the matrices, and
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
@@ -94,7 +95,14 @@ def _dtype(trained: TrainedModel) -> Dtype:
 def _vocabulary(path: Path) -> GgufModel:
     """The file without its weights."""
     import llama_cpp
+    from llama_cpp._logger import llama_log_callback
 
     from export.gguf_model import GgufModel
 
-    return GgufModel(path, llama=llama_cpp.Llama(str(path), vocab_only=True, verbose=False))
+    # llama.cpp warns that a file without its weights was trained on 0 tokens of context.
+    silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
+    try:
+        return GgufModel(path, llama=llama_cpp.Llama(str(path), vocab_only=True, verbose=False))
+    finally:
+        llama_cpp.llama_log_set(llama_log_callback, ctypes.c_void_p(0))

@@ -42,6 +42,11 @@ class TimeLimit:
         """Whether what takes ``needed`` seconds would end too late."""
         return self.ends is not None and self.clock() + needed >= self.ends
 
+    def at_most(self, seconds: float) -> TimeLimit:
+        """The limit of a turn that ends after so many seconds, or with this limit."""
+        ends = self.clock() + seconds
+        return replace(self, ends=ends if self.ends is None else min(ends, self.ends))
+
     def first(self, share: float) -> TimeLimit:
         """The limit of a part of the work that may take this ``share`` (0 to 1) of what is left."""
         left = self.seconds_left
