@@ -101,13 +101,17 @@ class FakeEngine:
         return bytes(ids).decode()
 
     def prompt_seconds(self, ids: Sequence[int], repeats: int, before: Sequence[int] = ()) -> list[float]:
+        self.clock.now += 0.5 * repeats
         return [0.5] * repeats
 
     def decode_seconds(self, ids: Sequence[int], repeats: int, before: Sequence[int] = ()) -> list[float]:
+        self.clock.now += 2.0 * repeats
         return [2.0] * repeats
 
     def answer_times(self, prompt: Sequence[int], max_new_tokens: int, seed: int) -> list[float]:
-        return [0.5 + 0.25 * token for token in range(max_new_tokens)]
+        times = [0.5 + 0.25 * token for token in range(max_new_tokens)]
+        self.clock.now += times[-1]
+        return times
 
     def close(self) -> None:
         pass
