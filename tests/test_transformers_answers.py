@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_models import make_adapter, make_tiny_model
+from bench_models import Clock, make_adapter, make_tiny_model
+from test_evaluate import finish_artifact
 
-from bench import engines, evaluate, evaluation_processes
+from bench import engines, evaluate, evaluation_processes, evaluation_task
 from bench.evaluation_display import print_evaluation
 from bench.evaluation_processes import complete_answers, evaluate_one
 from bench.evaluation_task import EvaluationTask
@@ -17,8 +18,11 @@ from bench.record_outcome import EvaluationSettings, record_keys
 from bench.transformers_answers import TrainedModel, answer_with_transformers
 from export.export import export_models
 from pipeline.answer_engine import answer_engine
+from pipeline.config import Config
 from pipeline.errors import MedcotError
 from pipeline.prompts import Example
+from pipeline.results import ExportedFile, ExportedModels
+from pipeline.time_limit import TimeLimit
 
 pytest.importorskip("llama_cpp")
 
@@ -173,18 +177,63 @@ def test_another_engines_answers_are_not_taken_up_but_likelihoods_are(
     assert not any(likelihoods_path(tmp_path, gguf).exists() or answers_path(tmp_path, gguf).exists() for gguf in ggufs)
 
 
+@pytest.mark.usefixtures("in_this_process")
+def test_the_time_limit_cuts_both_to_the_same_records(
+    trained: TrainedModel, ggufs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock is moved on by a second for every token of a batch; two records are a round."""
+    clock = Clock()
+    generate = engines.TransformersEngine._generate_together
+
+    def timed(self: Any, prompts: Any, max_new_tokens: int, limit: TimeLimit) -> Any:
+        written = generate(self, prompts, max_new_tokens, limit)
+        clock.now += max_new_tokens
+        return [None if limit.is_up() else new for new in written]
+
+    monkeypatch.setattr(engines.TransformersEngine, "_generate_together", timed)
+    monkeypatch.setattr(evaluation_task, "_ROUND", 2)
+    limit = TimeLimit.starting_now(120 / 60, clock)  # 108 seconds: six rounds of 16, and nine tenths of a seventh
+    result = evaluate.evaluate_models(ggufs, ROLES, RECORDS, tmp_path, SETTINGS, trained=trained, limit=limit)
+    assert result.ended_early is not None
+    assert (result.ended_early.scored, result.ended_early.answered) == (len(RECORDS), 6)
+    assert {each.n for each in result.comparisons if each.metric == "rouge_l"} == {6}
+    assert all(model.choice_accuracy is not None and model.choice_accuracy.n == 1 for model in result.models)
+    whole = evaluate.evaluate_models(ggufs, ROLES, RECORDS, tmp_path, SETTINGS, trained=trained)
+    assert whole.ended_early is None and whole.models[0].answer_perplexity.n == len(RECORDS)
+
+
 @pytest.mark.broad
-def test_the_reader_is_told_which_engine_wrote_the_answers(
+def test_the_stage_answers_under_transformers_where_it_is_told_to(
     trained: TrainedModel, ggufs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With real processes, one of them for transformers."""
-    result = evaluate.evaluate_models(
-        ggufs, ROLES, RECORDS[:2], tmp_path, SETTINGS, trained=trained, engine_reason="set by evaluation.engine"
+    tuned, base = (
+        ExportedFile(
+            name=gguf.name, role=role, quantization="F32", size_bytes=1, bits_per_weight=32.0, tensor_types={}
+        )
+        for gguf, role in zip(ggufs, ROLES, strict=True)
+    )  # fmt: skip
+    exported = ExportedModels(
+        architecture="llama", parameters=1, adapter_matrices_merged=1, ship=tuned.name, base=base.name,
+        files=[tuned, base],
+    )  # fmt: skip
+    finish_artifact(ggufs[0].parent, exported)
+    (tmp_path / "eval.jsonl").write_text(
+        '{"question": "What is 1?", "reasoning": "It is one.", "answer": "One."}\n' * 2
     )
+    config = Config.model_validate(
+        {
+            "model": {"base": str(trained.base), "max_seq_length": 256, "load_in_4bit": True},
+            "evaluation": {"rows": 2, "max_new_tokens": 8, "engine": "transformers"},
+        }
+    )
+    inputs = {"prepare": tmp_path, "export": ggufs[0].parent, "train": trained.adapter}
+    result = evaluate.evaluate(config, inputs, tmp_path / "eval")
+    assert [model.engine for model in result.models] == ["transformers"] * 2
     print_evaluation(result)
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Answers were written under transformers, by base and adapter" in shown
-    assert "set by evaluation.engine" in shown
+    assert "Answers were written under transformers, by base and adapter and by the base alone" in shown
+    assert "(set by evaluation.engine=transformers)" in shown
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,9 @@ def evaluation_section(evaluation: Evaluation | None) -> Section | None:
 
 def conditions(evaluation: Evaluation) -> list[str]:
     """What wrote the answers, and what a time limit left out, as sentences."""
+    ended_early = [] if evaluation.ended_early is None else [evaluation.ended_early.sentence]
+    if evaluation.ended_early is not None and evaluation.ended_early.answered == 0:
+        return ended_early
     because = "" if evaluation.engine_reason is None else f" ({evaluation.engine_reason})"
     if any(model.engine == "transformers" and model.model.endswith(".gguf") for model in evaluation.models):
         told = [
@@ -47,7 +50,7 @@ def conditions(evaluation: Evaluation) -> list[str]:
     else:
         names = " and ".join(sorted({model.engine for model in evaluation.models}))
         told = [f"Answers were written under {names}{because}."]
-    return told + ([] if evaluation.ended_early is None else [evaluation.ended_early.sentence])
+    return told + ended_early
 
 
 def choice_section(evaluation: Evaluation | None) -> Section | None:
