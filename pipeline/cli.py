@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 STAGE = click.Choice(["prepare", "train", "export", "verify", "evaluate", "bench", "report"])
 EXISTING_GGUF = click.Path(path_type=Path)
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+# Set-up may still be compiling it.
+_USES_LLAMA_CPP = frozenset({"export", "verify", "evaluate", "bench", "chat", "serve", "space"})
+_ON_GPU = frozenset({"evaluate", "bench"})
 
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one setting; may be repeated."
@@ -40,6 +43,11 @@ def cli(debug: bool) -> None:
     """
     if debug:
         os.environ["MEDCOT_DEBUG"] = "1"
+    command = click.get_current_context().invoked_subcommand
+    if command in _USES_LLAMA_CPP and not {"-h", "--help"} & set(sys.argv):
+        from pipeline.llama_background import wait_for_build
+
+        wait_for_build(command in _ON_GPU, lambda text: click.echo(text, err=True))
 
 
 @cli.command()

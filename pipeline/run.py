@@ -16,14 +16,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from pipeline import __version__, ranks, results
+from pipeline import __version__, llama_background, ranks, results
 from pipeline.artifacts import (
     CHECKPOINTS_NAME,
     FAILURE_NAME,
@@ -51,6 +51,7 @@ from pipeline.time_limit import is_raised
 CONFIG_NAME = "config.yaml"
 PARTIAL = "--partial"  # tells a stage's process to make do with what inputs there are
 LOCK_NAME = ".lock"
+LLAMA_CPP = "llama-cpp-python"  # among a stage's packages
 _BASE = ("model.base", "model.revision")
 _NOTHING_TO_PLAN = frozenset({"prepare", "report"})  # seconds, and no more than the plan itself would take
 
@@ -239,6 +240,8 @@ def run(
         outcomes: list[StageOutcome] = []
         planned = not plan_first
         for index, stage in enumerate(chosen):
+            if LLAMA_CPP in stage.packages:
+                llama_background.wait_for_build(False, announce)
             state = _examine(stage, config, run_dir, stage.name in force)
             if state.finished is not None:
                 announce(f"{stage.name}: up to date")
@@ -362,8 +365,9 @@ def _make(stage: Stage, state: _State, run_dir: Path, force: bool, announce: Cal
     if state.why:
         announce(f"{stage.name}: {state.why}, made again")
     status = _start_folder(folder, state.expected, force, state.unfinished)
-    announce(f"{stage.name}: {'goes on where it was interrupted' if status == 'gone on with' else 'started'}")
-    _run_in_process(stage, run_dir)
+    with llama_background.llama_cpp(stage.on_gpu, announce) if LLAMA_CPP in stage.packages else nullcontext():
+        announce(f"{stage.name}: {'goes on where it was interrupted' if status == 'gone on with' else 'started'}")
+        _run_in_process(stage, run_dir)
     made = read_manifest(folder)
     if made is None:
         raise MedcotError(f"{stage.name} ended without writing {folder / MANIFEST_NAME}: run it again with --debug.")

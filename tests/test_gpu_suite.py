@@ -10,8 +10,8 @@ from pathlib import Path
 
 import packages
 import pytest
-from llama_build import Build, why_not
 from machine import parse_gpu
+from parts.gguf import recipe_or_reason
 from schedule import PARTS, Part, Suite, missing_for
 
 from bench.gpu_results import PartResult, markdown, read_results
@@ -184,31 +184,19 @@ def test_a_rehearsal_runs_and_is_no_result_of_a_gpu(tmp_path: Path) -> None:
         markdown([results])
 
 
-def test_a_build_needs_a_compiler_and_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert why_not(None) == "there is no nvcc"
-    (tmp_path / "nvcc").write_text("#!/bin/sh\n")
-    (tmp_path / "nvcc").chmod(0o755)
-    assert why_not(None) == "no source distribution of llama-cpp-python was given (--llama-source)"
-    assert why_not(tmp_path / "absent.tar.gz") == f"{tmp_path / 'absent.tar.gz'} is no file"
-    assert why_not(tmp_path / "nvcc") is None
-
-
-@pytest.mark.broad
-@pytest.mark.parametrize(("code", "works"), [("", True), ("raise SystemExit('no compiler')", False)])
-def test_a_build_is_there_whole_or_not_at_all(tmp_path: Path, code: str, works: bool) -> None:
-    """A small package in llama-cpp-python's place, installed by the same command."""
-    source, target = tmp_path / "source", tmp_path / "built"
-    source.mkdir()
-    (source / "setup.py").write_text(
-        f"{code}\nfrom setuptools import setup\nsetup(name='small', py_modules=['small'])\n"
-    )
-    (source / "small.py").write_text("import os\nARGUMENTS = ''\n")
-    reason = Build(source, target, "9.0").wait()
-    if works:
-        assert reason is None and (target / "small.py").is_file()
-    else:
-        assert reason and not target.exists()
+def test_a_build_needs_a_card_a_compiler_and_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    for name, text in {"nvidia-smi": "exit 9", "nvcc": "exit 1"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    assert recipe_or_reason(None) == (None, "there is no NVIDIA GPU")
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 9.0\n")
+    assert recipe_or_reason(None) == (None, f"{tmp_path / 'nvcc'} does not run")
+    (tmp_path / "nvcc").write_text("#!/bin/sh\necho 'release 13.0, V13.0.88'\n")
+    assert recipe_or_reason(None) == (None, "no source distribution of llama-cpp-python was given (--llama-source)")
+    assert recipe_or_reason(tmp_path / "absent") == (None, f"{tmp_path / 'absent'} is no file")
+    recipe, reason = recipe_or_reason(tmp_path / "nvcc")
+    assert recipe is not None and "-DCMAKE_CUDA_ARCHITECTURES=90" in recipe.cmake_arguments and reason == ""
 
 
 def test_packages_are_cut_into_pieces_and_put_together_again(tmp_path: Path) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 
-from llama_build import Build, why_not
-from machine import compute_capability
+from machine import ROOT
 from part import Recorder, Request, Skipped, medcot, perform, run
 from synthetic import random_base
 
@@ -15,6 +15,7 @@ from bench.speed_probe import ProbeRequest
 from bench.statistics import percentile
 from pipeline.errors import MedcotError
 from pipeline.hardware import hide_gpu, usable_cores
+from pipeline.llama_build import Build, Recipe, wanted
 from pipeline.results import Speed
 
 _BUILT, _REASON = "llama-cuda", "llama-cuda-reason.txt"
@@ -23,16 +24,39 @@ _LAYERS = {"all layers on the GPU": -1, "on the CPU": 0}
 
 def prepare(request: Request) -> None:
     """The build, and meanwhile the GGUF; why there is no build is kept for the measurement."""
-    reason = why_not(request.source)
-    build = None
-    if reason is None and request.source is not None:
-        build = Build(request.source, request.work / _BUILT, compute_capability())
-    if build is not None or request.rehearse:
-        _gguf(request)
-    if build is not None:
-        reason = build.wait()
-    if reason is not None:
+    recipe, reason = recipe_or_reason(request.source)
+    if recipe is None or request.source is None:
+        if request.rehearse:
+            _gguf(request)
         (request.work / _REASON).write_text(reason)
+        return
+    # A third of the cores is left to what is measured meanwhile; nothing can be fetched.
+    parallel = max(1, (os.cpu_count() or 1) * 2 // 3)
+    offline = ("--no-index", "--no-build-isolation")
+    folder = request.work / "llama-build"
+    build = Build(recipe, request.source, folder, parallel=parallel, nice=True, pip_options=offline)
+    try:
+        _gguf(request)
+        wheel = build.wait()
+    except MedcotError as error:
+        (request.work / _REASON).write_text(str(error))
+        return
+    finally:
+        build.end()
+    partial = request.work / f"{_BUILT}.partial"
+    with zipfile.ZipFile(wheel) as packed:
+        packed.extractall(partial)
+    partial.rename(request.work / _BUILT)
+
+
+def recipe_or_reason(source: Path | None) -> tuple[Recipe | None, str]:
+    """Set-up's recipe for this machine's cards, or why there can be no build with CUDA."""
+    found = wanted(ROOT / "requirements-gpu.txt")
+    if found.recipe.cuda is None:
+        return None, found.why_no_cuda or "there is no NVIDIA GPU"
+    if source is None:
+        return None, "no source distribution of llama-cpp-python was given (--llama-source)"
+    return (found.recipe, "") if source.is_file() else (None, f"{source} is no file")
 
 
 def _gguf(request: Request) -> Path:
