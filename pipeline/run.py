@@ -43,6 +43,7 @@ from pipeline.config import Config, load_config
 from pipeline.errors import GateFailed, MedcotError
 from pipeline.failure import FILE_VARIABLE, write_failure
 from pipeline.file_lock import try_lock
+from pipeline.free_settings import settings_of_the_adapter
 from pipeline.kept_copy import kept_copy
 from pipeline.processes import PARENT_VARIABLE, ended_by_signal, with_our_packages
 from pipeline.sources import source_identity
@@ -98,7 +99,6 @@ STAGES = (
         folder="adapter",
         inputs=("prepare",),
         settings=("seed", "model", "prompt", "lora", "training"),
-        free=("training.max_minutes", "training.processes", "training.report_to"),
         packages=("unsloth", "trl", "peft", "transformers", "torch", "bitsandbytes"),
         result=results.TrainedAdapter,
         # glibc maps every large tensor anew and returns it to the system at once; kept, a CPU step is 8 % faster
@@ -285,6 +285,8 @@ def stage_config(stage: Stage, config: Config) -> dict[str, Any]:
         for part in key.split("."):
             value = value[part]
         picked[key] = value
+    if "training" in picked:
+        picked["training"] = settings_of_the_adapter(config.training)
     if "model.base" in picked or "model" in picked:
         picked["base"] = base_identity(config.model.base, config.model.revision)
     if "data" in picked:
