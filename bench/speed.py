@@ -43,6 +43,7 @@ def bench(config: Config, inputs: dict[str, Path], out_dir: Path) -> Benchmark:
     requests = [
         _request(exported.path / file.name, settings, config.seed, config.prompt.system)
         for file in exported.result.files
+        if (exported.path / file.name).is_file()  # a copy from another machine may lack some (pipeline/kept_copy.py)
     ]
     if settings.transformers:
         requests.append(_transformers_request(config, inputs["train"]))

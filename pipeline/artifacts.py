@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,10 +28,12 @@ IN_PROGRESS_NAME = "in_progress.json"
 FAILURE_NAME = "failure.json"  # pipeline/failure.py
 SCRATCH_NAME = "scratch"
 CHECKPOINTS_NAME = "checkpoints"
+RECORDS_PATTERN = "records-*.jsonl"  # what an evaluation has measured, a line a record, and is resumed from
+LEFT_BEHIND_NAME = "left_behind.json"  # files that a copy on another machine does not have (pipeline/kept_copy.py)
 TRACKING_NAME = "tracking"  # what Weights & Biases or TensorBoard keep of a training
 # Working state that lives inside an artifact's folder without being part of the artifact.
 WORKING_NAMES = frozenset(
-    {MANIFEST_NAME, IN_PROGRESS_NAME, FAILURE_NAME, SCRATCH_NAME, TRACKING_NAME, CHECKPOINTS_NAME}
+    {MANIFEST_NAME, IN_PROGRESS_NAME, FAILURE_NAME, SCRATCH_NAME, TRACKING_NAME, CHECKPOINTS_NAME, LEFT_BEHIND_NAME}
 )
 # What a file under way is called, and the journal that tells how far it is.
 WORKING_SUFFIXES = (".tmp", ".partial", ".journal")
@@ -149,6 +152,14 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file, whole or not at all, as far as a network folder can promise it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.copyfile(source, temporary)
+    temporary.replace(target)
+
+
 def artifact_files(folder: Path) -> list[Path]:
     """The artifact's own files, sorted, without the manifest, working state and leftover temporaries."""
     return sorted(
@@ -170,6 +181,22 @@ def read_manifest(folder: Path) -> Manifest | None:
         return Manifest.model_validate_json((folder / MANIFEST_NAME).read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValidationError):
         return None
+
+
+def read_in_progress(folder: Path) -> str | None:
+    """The fingerprint of the work under way in an artifact's folder; None where there is none."""
+    try:
+        return str(json.loads((folder / IN_PROGRESS_NAME).read_bytes())["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def left_behind(folder: Path) -> frozenset[str]:
+    """Files of an artifact that stayed on the machine that made it."""
+    try:
+        return frozenset(json.loads((folder / LEFT_BEHIND_NAME).read_bytes()))
+    except FileNotFoundError:
+        return frozenset()
 
 
 def changed_files(folder: Path, manifest: Manifest) -> list[str]:
