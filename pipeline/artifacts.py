@@ -183,12 +183,16 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
 
 
-def read_in_progress(folder: Path) -> str | None:
-    """The fingerprint of the work under way in an artifact's folder; None where there is none."""
+def read_in_progress(folder: Path) -> dict[str, Any]:
+    """What run.py noted of the work under way in an artifact's folder: its fingerprint, and the packages' versions.
+
+    Empty where there is none, or nothing that can be read.
+    """
     try:
-        return str(json.loads((folder / IN_PROGRESS_NAME).read_bytes())["fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        noted = json.loads((folder / IN_PROGRESS_NAME).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return noted if isinstance(noted, dict) else {}
 
 
 def left_behind(folder: Path) -> frozenset[str]:

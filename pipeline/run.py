@@ -49,6 +49,7 @@ from pipeline.free_settings import settings_of_the_adapter
 from pipeline.kept_copy import kept_copy
 from pipeline.processes import PARENT_VARIABLE, ended_by_signal, with_our_packages
 from pipeline.sources import source_identity
+from pipeline.stage_progress import records
 
 PARTIAL = "--partial"  # tells a stage's process to make do with what inputs there are
 LOCK_NAME = ".lock"
@@ -267,7 +268,7 @@ def _report_first(run_dir: Path, verified: Manifest, evaluates: bool, announce: 
     report = read_manifest(folder)
     if report is not None and report.inputs.get("verify") == verified.digest:
         return  # the whole report is there
-    if read_in_progress(folder) != expected or not any(folder.glob("*.html")):
+    if read_in_progress(folder).get("fingerprint") != expected or not any(folder.glob("*.html")):
         _report_on_what_is_there(run_dir, expected, "is the first report, without evaluation and benchmark", announce)
     gguf = run_dir / stage_named("export").folder
     exported = read_manifest(gguf)
@@ -319,9 +320,10 @@ def stage_config(stage: Stage, config: Config) -> dict[str, Any]:
     if "data" in picked:
         picked["records"] = source_identity(config.data)
     if "export" in picked:
-        # Its content, not its name; training text is an input of the stage.
+        # Its content, and the name that GGUFs note, not where it lies; training text is an input of the stage.
         matrix = Path(config.export.imatrix)
         picked["imatrix"] = sha256_file(matrix) if matrix.is_file() else None
+        picked["export"]["imatrix"] = matrix.name
     return picked
 
 
@@ -383,7 +385,7 @@ def _make(stage: Stage, state: _State, run_dir: Path, force: bool, announce: Cal
     folder = run_dir / stage.folder
     if state.why:
         announce(f"{stage.name}: {state.why}, made again")
-    status = _start_folder(folder, state.expected, force)
+    status = _start_folder(folder, state.expected, force, stage_versions(stage))
     announce(f"{stage.name}: {'goes on where it was interrupted' if status == 'gone on with' else 'started'}")
     _run_in_process(stage, run_dir)
     made = read_manifest(folder)
@@ -406,25 +408,36 @@ def identify(stage: Stage, config: Config, run_dir: Path) -> StageIdentity:
     return StageIdentity(stage.name, stage_config(stage, config), digests, stage_versions(stage))
 
 
-def _start_folder(folder: Path, expected: str, force: bool) -> Status:
-    """Keep what an interrupted or unfinished attempt at the same thing left, else begin with an empty folder."""
-    in_progress = folder / IN_PROGRESS_NAME
+def _start_folder(folder: Path, expected: str, force: bool, versions: Mapping[str, str] | None = None) -> Status:
+    """Keep what an interrupted or unfinished attempt at the same thing left, else begin with an empty folder.
+
+    Evaluated records of the same ``versions`` stay in any case: each is known by all that it depends on, so that other
+    gates or more rows cost no answer twice.
+    """
+    work = {"fingerprint": expected, "versions": versions}
     manifest = read_manifest(folder)
     if manifest is not None and _is_unfinished(manifest, expected) and not force:
         # In this order: a kill in between leaves both, which is as good.
-        write_json(in_progress, {"fingerprint": expected})
+        write_json(folder / IN_PROGRESS_NAME, work)
         (folder / MANIFEST_NAME).unlink()
-    if read_in_progress(folder) == expected and not force:
-        (folder / FAILURE_NAME).unlink(missing_ok=True)
+    if read_in_progress(folder).get("fingerprint") == expected and not force:
+        for name in (FAILURE_NAME, MANIFEST_NAME):  # a manifest is of other work, whose removal was cut off
+            (folder / name).unlink(missing_ok=True)
         return "gone on with"
     if folder.exists():
         if not is_ours(folder):
             raise MedcotError(
                 f"{folder} holds files that medcot did not make: choose another --run-dir or empty that folder."
             )
+        made_with = manifest.versions if manifest is not None else read_in_progress(folder).get("versions")
+        if records(folder) and made_with == versions and not force:
+            write_json(folder / IN_PROGRESS_NAME, work)
+            for path in {*folder.iterdir()} - {folder / IN_PROGRESS_NAME, *records(folder)}:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            return "made"
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    write_json(in_progress, {"fingerprint": expected})
+    write_json(folder / IN_PROGRESS_NAME, work)
     return "made"
 
 

@@ -25,7 +25,7 @@ class StageProgress:
 def stage_progress(folder: Path) -> StageProgress | None:
     """None where nothing is finished or under way. A training whose time was up is an artifact, and not finished."""
     manifest = read_manifest(folder)
-    fingerprint = manifest.fingerprint if manifest is not None else read_in_progress(folder)
+    fingerprint = manifest.fingerprint if manifest is not None else read_in_progress(folder).get("fingerprint")
     if fingerprint is None:
         return None
     steps = [step_of(checkpoint) for checkpoint in sealed_checkpoints(folder)]

@@ -119,6 +119,48 @@ def test_settings_that_another_one_overrides_change_nothing(run_dir: Path, given
     assert fingerprint(run_dir, *given, *change) == fingerprint(run_dir, *given)
 
 
+@pytest.mark.parametrize("before", ["finished", "stopped by a gate"])
+@pytest.mark.parametrize("llama", ["the same llama.cpp", "another llama.cpp"])
+def test_an_evaluation_with_other_settings_keeps_its_records(
+    run_dir: Path, before: str, llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, folder = driver.stage_named("evaluate"), run_dir / "eval"
+    write_manifest(run_dir / "gguf", manifest_of("export", "gguf"))
+    old = driver.identify(stage, config_of(run_dir), run_dir)
+    versions = old.versions if llama.startswith("the same") else {**old.versions, "llama-cpp-python": "0.1"}
+    folder.mkdir()
+    (folder / "records-a.gguf.jsonl").write_text("{}\n")
+    (folder / "evaluation.json").write_text("{}")
+    (folder / "failure.json").write_text("{}")
+    if before == "finished":
+        write_manifest(folder, manifest_of("evaluate", old.fingerprint).model_copy(update={"versions": versions}))
+    else:
+        write_json(folder / IN_PROGRESS_NAME, {"fingerprint": old.fingerprint, "versions": versions})
+    config = config_of(run_dir, "evaluation.gates={format: '>= 0.1'}", "evaluation.rows=9")
+    found: list[str] = []
+
+    def evaluate(stage: driver.Stage, _: Path) -> None:
+        found.extend(sorted(path.name for path in folder.iterdir()))
+        identity = driver.identify(stage, config, run_dir)
+        write_manifest(folder, manifest_of("evaluate", identity.fingerprint))
+
+    monkeypatch.setattr(driver, "_run_in_process", evaluate)
+    driver.run(config, run_dir, only="evaluate", plan_first=False)
+    assert found == [IN_PROGRESS_NAME, *(["records-a.gguf.jsonl"] if llama.startswith("the same") else [])]
+
+
+def test_an_importance_matrix_is_known_by_content_and_name_wherever_it_lies(run_dir: Path) -> None:
+    stage = driver.stage_named("export")
+    write_manifest(run_dir / "adapter", manifest_of("train", "adapter"))
+    found = {}
+    for place, text in (("here", "squares"), ("there", "squares"), ("elsewhere", "others")):
+        path = run_dir / place / "m.imatrix.gguf"
+        path.parent.mkdir()
+        path.write_text(text)
+        found[place] = driver.identify(stage, config_of(run_dir, f"export.imatrix={path}"), run_dir).fingerprint
+    assert found["here"] == found["there"] != found["elsewhere"]
+
+
 def test_with_patience_the_evaluations_count(run_dir: Path) -> None:
     patient = ["training.keep=last", "training.patience=2", "training.eval_steps=10"]
     assert fingerprint(run_dir, *patient, "training.eval_steps=5") != fingerprint(run_dir, *patient)
