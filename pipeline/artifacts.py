@@ -64,6 +64,7 @@ class Manifest(BaseModel):
     peak_memory_bytes: int
     files: list[FileRecord]
     result: dict[str, Any]
+    commits: dict[str, str] = {}  # of the hub's repositories, where they are known (pipeline/hub_commit.py)
 
     @property
     def digest(self) -> str:
