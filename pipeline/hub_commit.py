@@ -16,12 +16,12 @@ _LOOKED_UP = {"base": ("config.json", "model"), "records": ("README.md", "datase
 
 def commits_used(identity: Mapping[str, Any]) -> dict[str, str]:
     """From a stage's configuration in its manifest: "base" and "records" -> commit, as far as the hub's cache knows."""
-    from huggingface_hub import try_to_load_from_cache
-
     found = {}
     for name, (file, kind) in _LOOKED_UP.items():
         source = identity.get(name) or {}
         if "hub" in source:
+            from huggingface_hub import try_to_load_from_cache
+
             cached = try_to_load_from_cache(source["hub"], file, revision=source["revision"], repo_type=kind)
             if isinstance(cached, str):  # .../snapshots/<commit>/<file>
                 found[name] = Path(cached).parent.name
