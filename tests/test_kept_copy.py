@@ -6,7 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
+from bench_models import FakeEngine
 
+from bench import engines
+from bench.evaluation_processes import evaluate_one
+from bench.held_out import HeldOutRecord
+from bench.record_outcome import EvaluationSettings
 from pipeline.artifacts import (
     FileRecord,
     Manifest,
@@ -20,6 +25,7 @@ from pipeline.artifacts import (
 from pipeline.checkpoints import TrainingProgress, latest_whole, seal
 from pipeline.errors import MedcotError
 from pipeline.kept_copy import bring_back, copy_finished, kept_copy
+from pipeline.prompts import Example
 
 
 def artifact(folder: Path, files: dict[str, str], result: dict[str, object] | None = None) -> Path:
@@ -207,6 +213,26 @@ def test_a_new_machine_resumes_an_evaluation_and_misses_only_what_stayed_behind(
     manifest = read_manifest(run_dir / "gguf")
     assert manifest is not None and changed_files(run_dir / "gguf", manifest) == ["r-F16.gguf"]
     assert "left_behind.json" not in {path.name for path in artifact_files(run_dir / "gguf")}
+
+
+def test_on_a_new_machine_no_record_is_answered_twice(
+    run_dir: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tests/e2e/test_two_sessions.py does the same with a whole run, real models and kill -9."""
+    gguf, settings = exported(run_dir) / "r-Q4_K_M.gguf", EvaluationSettings(max_new_tokens=60)
+    records = [HeldOutRecord(Example(f"Question {n}?", "So.", "Yes.")) for n in range(5)]
+    fake = FakeEngine()
+    monkeypatch.setattr(engines, "open_engine", lambda *_: fake)
+    evaluation(run_dir, "")
+    answered = evaluate_one(gguf, records[:3], run_dir / "eval", settings)
+    with (run_dir / "eval/records-r-Q4_K_M.gguf.jsonl").open("a") as stream:
+        stream.write('{"key": "cut o')
+    copy_finished(run_dir, copy)
+    shutil.rmtree(run_dir)
+    fake.asked.clear()
+    bring_back(copy, run_dir, print)
+    assert evaluate_one(gguf, records, run_dir / "eval", settings)[:3] == answered
+    assert [n for n in range(5) if any(f"Question {n}?" in asked for asked in fake.asked)] == [3, 4]
 
 
 @pytest.mark.parametrize("harm", ["cut short", "missing", "other bytes"])
