@@ -28,7 +28,9 @@ IN_PROGRESS_NAME = "in_progress.json"
 FAILURE_NAME = "failure.json"  # pipeline/failure.py
 SCRATCH_NAME = "scratch"
 CHECKPOINTS_NAME = "checkpoints"
-RECORDS_PATTERN = "records-*.jsonl"  # what an evaluation has measured, a line a record, and is resumed from
+# What an evaluation has measured, a line a record, and is resumed from: whole outcomes, and parts of those to come.
+RECORDS_PATTERN = "records-*.jsonl"
+BEGUN_RECORDS_PATTERNS = ("likelihoods-*.jsonl", "answers-*.jsonl")
 LEFT_BEHIND_NAME = "left_behind.json"  # files that a copy on another machine does not have (pipeline/kept_copy.py)
 TRACKING_NAME = "tracking"  # what Weights & Biases or TensorBoard keep of a training
 # Working state that lives inside an artifact's folder without being part of the artifact.

@@ -254,6 +254,30 @@ def test_a_half_copied_artifact_is_never_taken_up(harm: str, run_dir: Path, copy
     assert gguf.read_text() == "base"
 
 
+def test_an_evaluation_never_replaces_one_that_knows_more(run_dir: Path, copy: Path) -> None:
+    folder = evaluation(run_dir, '{"key": "a"}\n{"key": "b"}\n')
+    (folder / "likelihoods-r-Q4_K_M.gguf.jsonl").write_text('{"key": "c"}\n')
+    copy_finished(run_dir, copy)
+    assert (copy / "eval/likelihoods-r-Q4_K_M.gguf.jsonl").is_file()
+    evaluation(run_dir, '{"key": "a"}\n')  # begun without its copy
+    [sentence] = copy_finished(run_dir, copy)
+    assert sentence.startswith(f"{copy / 'eval'} has more records and stays until this run's eval is as far")
+    (folder / "likelihoods-r-Q4_K_M.gguf.jsonl").unlink()  # its records are all done
+    evaluation(run_dir, '{"key": "a"}\n{"key": "b"}\n{"key": "c"}\n')
+    assert copy_finished(run_dir, copy) == []
+    assert (copy / "eval/records-r-Q4_K_M.gguf.jsonl").read_text().count("key") == 3
+    manifest = read_manifest(artifact(copy / "eval", {"evaluation.json": "{}"}, {"ended_early": {"minutes": 1.0}}))
+    assert manifest is not None
+    write_manifest(
+        copy / "eval", manifest.model_copy(update={"fingerprint": "e"})
+    )  # its time was up, and more is given
+    evaluation(run_dir, '{"key": "a"}\n{"key": "b"}\n{"key": "c"}\n')
+    assert copy_finished(run_dir, copy) == [] and read_manifest(copy / "eval") is None
+    evaluation(run_dir, '{"key": "d"}\n', fingerprint="of another model")
+    assert copy_finished(run_dir, copy) == []
+    assert (copy / "eval/records-r-Q4_K_M.gguf.jsonl").read_text() == '{"key": "d"}\n'
+
+
 def test_a_gguf_is_copied_once(run_dir: Path, copy: Path) -> None:
     exported(run_dir)
     copy_finished(run_dir, copy)
