@@ -268,9 +268,7 @@ def test_an_evaluation_never_replaces_one_that_knows_more(run_dir: Path, copy: P
     assert (copy / "eval/records-r-Q4_K_M.gguf.jsonl").read_text().count("key") == 3
     manifest = read_manifest(artifact(copy / "eval", {"evaluation.json": "{}"}, {"ended_early": {"minutes": 1.0}}))
     assert manifest is not None
-    write_manifest(
-        copy / "eval", manifest.model_copy(update={"fingerprint": "e"})
-    )  # its time was up, and more is given
+    write_manifest(copy / "eval", manifest.model_copy(update={"fingerprint": "e"}))  # its time was up
     evaluation(run_dir, '{"key": "a"}\n{"key": "b"}\n{"key": "c"}\n')
     assert copy_finished(run_dir, copy) == [] and read_manifest(copy / "eval") is None
     evaluation(run_dir, '{"key": "d"}\n', fingerprint="of another model")
