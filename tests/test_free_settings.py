@@ -125,7 +125,8 @@ def test_an_evaluation_with_other_settings_keeps_its_records(
     run_dir: Path, before: str, llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage, folder = driver.stage_named("evaluate"), run_dir / "eval"
-    write_manifest(run_dir / "gguf", manifest_of("export", "gguf"))
+    for name in ("adapter", "gguf"):
+        write_manifest(run_dir / name, manifest_of(name, name))
     old = driver.identify(stage, config_of(run_dir), run_dir)
     versions = old.versions if llama.startswith("the same") else {**old.versions, "llama-cpp-python": "0.1"}
     folder.mkdir()
