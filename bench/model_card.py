@@ -19,6 +19,7 @@ from bench.card_use import Repository, use_commands, use_notes
 from bench.page import Page, Section, Table, percent, render
 from bench.private_paths import public_name
 from bench.run_folder import Run
+from bench.sections.decision import not_benchmarked, not_evaluated
 from bench.sections.evaluation import CHOICE_TITLE, COMPARISON_TITLE
 from bench.sections.quality import TITLE as QUALITY_TITLE
 from bench.sections.speed import TITLE as SPEED_TITLE
@@ -50,9 +51,9 @@ def model_card(config: Config, run: Run, page: Page, repository: Repository | No
         _use(public, run, repository),
         _data(config, run, page),
         _training(public, run, page),
-        _evaluation(page),
+        _evaluation(run, page),
         _verification(run, page),
-        _speed(page),
+        _speed(run, page),
         _limits(config, run),
         _licence(config, run),
         _reproduction(public, page),
@@ -187,14 +188,14 @@ def _training(config: Config, run: Run, page: Page) -> Part:
     return Part("Training", (text, *(chart.text for chart in section.charts)), tables=(settings, *measured))
 
 
-def _evaluation(page: Page) -> Part:
+def _evaluation(run: Run, page: Page) -> Part:
     section = page.section(COMPARISON_TITLE) or page.section("Evaluation")
-    part = _part(section, "Evaluation", "Not evaluated: whether the tuned model beats its base is not known.")
+    part = _part(section, "Evaluation", not_evaluated(run).text)
     return _with(part, page.section(CHOICE_TITLE))
 
 
-def _speed(page: Page) -> Part:
-    part = _part(page.section(SPEED_TITLE), "Speed", "Speed was not measured.")
+def _speed(run: Run, page: Page) -> Part:
+    part = _part(page.section(SPEED_TITLE), "Speed", not_benchmarked(run).text)
     return _with(part, page.section(QUALITY_TITLE))
 
 

@@ -28,6 +28,11 @@ from pipeline.errors import GateFailed, MedcotError
 from pipeline.results import Measurement
 
 RECORD_PATH = "medcot-publish.json"
+_MEASURED_LATER = ("evaluate", "bench")
+_NOT_EVALUATED_YET = (
+    "This model is not evaluated yet, and its card says so: when medcot run has evaluated it, the same command adds "
+    "the figures."
+)
 _HUBS_OWN = frozenset({".gitattributes"})  # the hub puts it into every new repository
 
 
@@ -86,8 +91,9 @@ def publish(
     _check_run(run, unverified)
     uploads = run_files(config, run, run_dir, name, ggufs=ggufs, all_ggufs=all_ggufs, adapter=adapter, report=report)
     uploads.append(_record(config.name, uploads))
+    notes = [_NOT_EVALUATED_YET] if run.states["evaluate"].pending else []
     if dry_run:
-        return _dry_run(repository, uploads, public)
+        return _dry_run(repository, uploads, public, notes)
     repository.check_token()
     before = repository.look()
     # Before anything is made there.
@@ -105,8 +111,9 @@ def publish(
         announce(f"Making one commit of {len(change.to_send)} files ...")
         commit = _commit(repository, uploads, f"medcot publish: {config.name}", public)
     return _publication(
-        repository, uploads, change, "sent", public=public, existed=before is not None, dry_run=False, commit=commit
-    )
+        repository, uploads, change, "sent", public=public, existed=before is not None, dry_run=False, commit=commit,
+        notes=notes,
+    )  # fmt: skip
 
 
 def _check_run(run: Run, unverified: bool) -> None:
@@ -120,6 +127,8 @@ def _check_run(run: Run, unverified: bool) -> None:
     if unverified:
         return
     for stage, state in run.states.items():
+        if stage in _MEASURED_LATER and state.pending:
+            continue  # the GGUF is published first, its figures by the same command afterwards
         told = f"{stage}: {state.name}. {state.reason}".rstrip(". ")
         if state.name == "gate failed":
             raise GateFailed(f"A gate stopped this run. {told}. To publish it with that on its card: --unverified.")
@@ -227,8 +236,8 @@ def _commit(repository: ModelRepository, uploads: Sequence[Upload], message: str
     return commit
 
 
-def _dry_run(repository: ModelRepository, uploads: list[Upload], public: bool) -> Publication:
-    notes: list[str] = []
+def _dry_run(repository: ModelRepository, uploads: list[Upload], public: bool, told: Sequence[str]) -> Publication:
+    notes = list(told)
     change, existed = _Change(uploads, [], []), None
     try:
         stored = repository.look()

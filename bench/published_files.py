@@ -30,7 +30,7 @@ from export.lora import CONFIG_NAME as ADAPTER_CONFIG
 from export.lora import WEIGHTS_NAME as ADAPTER_WEIGHTS
 from export.ollama_hub import TEMPLATE_FILE, hub_files
 from pipeline.adapter_recipe import RECIPE_NAME
-from pipeline.artifacts import FileRecord
+from pipeline.artifacts import FileRecord, left_behind
 from pipeline.config import Config
 from pipeline.errors import MedcotError
 from pipeline.run import stage_named
@@ -129,6 +129,9 @@ def _models(run: Run, run_dir: Path, wanted: Sequence[str], all_ggufs: bool) -> 
         names.append(Path(given).name)
     folder, records = run_dir / stage_named("export").folder, _records(run, "export")
     for name in dict.fromkeys(names + (there if all_ggufs else [])):
+        if name in left_behind(folder) and not (folder / name).is_file():
+            raise MedcotError(f"{folder / name} is not in the copy that this run was resumed from: medcot run --force "
+                              "export makes it again.")  # fmt: skip
         yield _file(folder, records, name, name, "model")
 
 

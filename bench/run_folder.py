@@ -43,6 +43,11 @@ class StageState:
     reason: str = ""
 
     @property
+    def pending(self) -> bool:
+        """Whether the next medcot run makes it as a matter of course."""
+        return self.name in ("not run", "unfinished", "outdated")
+
+    @property
     def failed(self) -> bool:
         return self.name in ("gate failed", "failed", "damaged")
 

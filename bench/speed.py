@@ -49,7 +49,8 @@ def bench(config: Config, inputs: dict[str, Path], out_dir: Path) -> Benchmark:
 
     exported = Artifact.load(inputs["export"], ExportedModels)
     settings = config.bench
-    files = exported.result.files
+    # A copy from another machine may lack some (pipeline/kept_copy.py).
+    files = [file for file in exported.result.files if (exported.path / file.name).is_file()]
     if settings.max_minutes is not None:  # what counts most first
         files = sorted(files, key=lambda file: (file.name != exported.result.ship, file.role == "base"))
     requests = [_request(exported.path / file.name, settings, config.seed, config.prompt.system) for file in files]

@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,10 +28,14 @@ IN_PROGRESS_NAME = "in_progress.json"
 FAILURE_NAME = "failure.json"  # pipeline/failure.py
 SCRATCH_NAME = "scratch"
 CHECKPOINTS_NAME = "checkpoints"
+# What an evaluation has measured, a line a record, and is resumed from: whole outcomes, and parts of those to come.
+RECORDS_PATTERN = "records-*.jsonl"
+BEGUN_RECORDS_PATTERNS = ("likelihoods-*.jsonl", "answers-*.jsonl")
+LEFT_BEHIND_NAME = "left_behind.json"  # files that a copy on another machine does not have (pipeline/kept_copy.py)
 TRACKING_NAME = "tracking"  # what Weights & Biases or TensorBoard keep of a training
 # Working state that lives inside an artifact's folder without being part of the artifact.
 WORKING_NAMES = frozenset(
-    {MANIFEST_NAME, IN_PROGRESS_NAME, FAILURE_NAME, SCRATCH_NAME, TRACKING_NAME, CHECKPOINTS_NAME}
+    {MANIFEST_NAME, IN_PROGRESS_NAME, FAILURE_NAME, SCRATCH_NAME, TRACKING_NAME, CHECKPOINTS_NAME, LEFT_BEHIND_NAME}
 )
 # What a file under way is called, and the journal that tells how far it is.
 WORKING_SUFFIXES = (".tmp", ".partial", ".journal")
@@ -61,6 +66,7 @@ class Manifest(BaseModel):
     peak_memory_bytes: int
     files: list[FileRecord]
     result: dict[str, Any]
+    commits: dict[str, str] = {}  # of the hub's repositories, where they are known (pipeline/hub_commit.py)
 
     @property
     def digest(self) -> str:
@@ -149,6 +155,14 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file, whole or not at all, as far as a network folder can promise it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.copyfile(source, temporary)
+    temporary.replace(target)
+
+
 def artifact_files(folder: Path) -> list[Path]:
     """The artifact's own files, sorted, without the manifest, working state and leftover temporaries."""
     return sorted(
@@ -170,6 +184,26 @@ def read_manifest(folder: Path) -> Manifest | None:
         return Manifest.model_validate_json((folder / MANIFEST_NAME).read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValidationError):
         return None
+
+
+def read_in_progress(folder: Path) -> dict[str, Any]:
+    """What run.py noted of the work under way in an artifact's folder: its fingerprint, and the packages' versions.
+
+    Empty where there is none, or nothing that can be read.
+    """
+    try:
+        noted = json.loads((folder / IN_PROGRESS_NAME).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return noted if isinstance(noted, dict) else {}
+
+
+def left_behind(folder: Path) -> frozenset[str]:
+    """Files of an artifact that stayed on the machine that made it."""
+    try:
+        return frozenset(json.loads((folder / LEFT_BEHIND_NAME).read_bytes()))
+    except FileNotFoundError:
+        return frozenset()
 
 
 def changed_files(folder: Path, manifest: Manifest) -> list[str]:

@@ -86,14 +86,14 @@ def latest_whole(folder: Path) -> tuple[Path, TrainingProgress] | None:
 def remove_after(folder: Path, step: int) -> None:
     """Remove the torn checkpoints of later steps: the trainer would write into them."""
     for checkpoint in newest_first(folder):
-        if _step(checkpoint) > step:
+        if step_of(checkpoint) > step:
             shutil.rmtree(checkpoint)
 
 
 def prune(folder: Path, best_step: int | None) -> None:
     """Keep the newest checkpoints and the best one. To be called when the newest is sealed."""
     for checkpoint in newest_first(folder)[KEPT:]:
-        if _step(checkpoint) != best_step:
+        if step_of(checkpoint) != best_step:
             shutil.rmtree(checkpoint)
 
 
@@ -120,9 +120,9 @@ def disk_errors_told(what: str, folder: Path, last_step: int) -> Iterator[None]:
 
 def newest_first(folder: Path) -> list[Path]:
     """The checkpoints in a folder, whole or not."""
-    return sorted(folder.glob("checkpoint-*"), key=_step, reverse=True)
+    return sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True)
 
 
-def _step(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
     suffix = checkpoint.name.rpartition("-")[2]
     return int(suffix) if suffix.isdigit() else -1

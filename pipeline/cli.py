@@ -62,6 +62,12 @@ def cli(debug: bool) -> None:
 )
 @click.option("--only", type=STAGE, help="Run this stage alone; what it needs must be there.")
 @click.option("--until", type=STAGE, help="Stop after this stage.")
+@click.option(
+    "--first-report/--no-first-report",
+    default=None,
+    help="Write a report as soon as the GGUF is verified, before evaluation and benchmark [default: on Kaggle and "
+    "Colab].",
+)
 @click.option("--force", type=STAGE, multiple=True, help="Make this stage again even if it is up to date.")
 @click.option("--no-plan", is_flag=True, help="Begin without the plan, also where it says that the run cannot fit.")
 @json_option
@@ -72,6 +78,7 @@ def run(
     keep: Path | None,
     only: str | None,
     until: str | None,
+    first_report: bool | None,
     force: tuple[str, ...],
     no_plan: bool,
     as_json: bool,
@@ -100,6 +107,7 @@ def run(
         until=until,
         force=force,
         plan_first=not no_plan,
+        first_report=platform.service is not None if first_report is None else first_report,
         announce=lambda text: click.echo(text, err=True),
     )
     if not is_first():

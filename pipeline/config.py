@@ -375,12 +375,27 @@ def load_config(name_or_path: str | None = None, overrides: Sequence[str | Overr
     Raises MedcotError listing every problem with its file, line and key.
     """
     settings = read_settings(settings_path(name_or_path or DEFAULT_PRESET))
+    parsed = []
     for given in overrides:
         try:
-            _apply(settings, Override.parse(given) if isinstance(given, str) else given)
+            parsed.append(Override.parse(given) if isinstance(given, str) else given)
+        except MedcotError as error:
+            settings.problems.append(str(error))
+    for override in [*_without_revisions_of_others(settings, parsed), *parsed]:
+        try:
+            _apply(settings, override)
         except MedcotError as error:
             settings.problems.append(str(error))
     return settings.validated(Config)
+
+
+def _without_revisions_of_others(settings: Settings, overrides: Sequence[Override]) -> Iterator[Override]:
+    """A commit belongs to its repository: the file's says nothing of another one that an override names."""
+    for section, repository in (("model", "base"), ("data", "source")):
+        given = settings.values.get(section)
+        named = [override for override in overrides if override.key == f"{section}.{repository}"]
+        if isinstance(given, dict) and given.get("revision") and named and named[-1].value != given.get(repository):
+            yield Override(f"{section}.revision", None, named[-1].origin)
 
 
 def settings_path(name_or_path: str, folder: Path = PRESETS_DIR) -> Path:

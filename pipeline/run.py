@@ -10,7 +10,6 @@ manifest). A process of its own gives every stage its own peak memory and return
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import shutil
 import subprocess
@@ -32,23 +31,27 @@ from pipeline.artifacts import (
     Manifest,
     changed_files,
     fingerprint,
+    left_behind,
     package_versions,
+    read_in_progress,
     read_manifest,
     sha256_file,
     write_json,
     write_text,
 )
 from pipeline.base_model import base_identity
+from pipeline.bring_back import CONFIG_NAME as CONFIG_NAME
 from pipeline.config import Config, load_config
 from pipeline.errors import GateFailed, MedcotError
 from pipeline.failure import FILE_VARIABLE, write_failure
 from pipeline.file_lock import try_lock
+from pipeline.free_settings import settings_of_the_adapter
 from pipeline.kept_copy import kept_copy
 from pipeline.processes import PARENT_VARIABLE, ended_by_signal, with_our_packages
 from pipeline.sources import source_identity
+from pipeline.stage_progress import records
 from pipeline.time_limit import is_raised
 
-CONFIG_NAME = "config.yaml"
 PARTIAL = "--partial"  # tells a stage's process to make do with what inputs there are
 LOCK_NAME = ".lock"
 LLAMA_CPP = "llama-cpp-python"  # among a stage's packages
@@ -100,7 +103,6 @@ STAGES = (
         folder="adapter",
         inputs=("prepare",),
         settings=("seed", "model", "prompt", "lora", "training"),
-        free=("training.max_minutes", "training.processes", "training.report_to"),
         packages=("unsloth", "trl", "peft", "transformers", "torch", "bitsandbytes"),
         result=results.TrainedAdapter,
         # glibc maps every large tensor anew and returns it to the system at once; kept, a CPU step is 8 % faster
@@ -217,13 +219,14 @@ def run(
     force: Sequence[str] = (),
     plan_first: bool = True,
     keep: Path | None = None,
+    first_report: bool = False,
     announce: Callable[[str], None] = lambda text: None,
 ) -> RunOutcome:
     """Bring the run in ``run_dir`` up to date and say what was done; ``keep`` gets a copy that outlives the machine.
 
     Before the first stage that has work to do comes the plan: a run that cannot fit is not begun.
     Raises MedcotError when a stage fails or cannot fit; finished artifacts stay. When a gate fails (exit status 3) the
-    report is written all the same, of what is there.
+    report is written all the same, of what is there; with ``first_report`` also as soon as the GGUF is verified.
     """
     chosen = _chosen(only, until)
     if ranks.world_size() > 1 and only != "train":
@@ -235,8 +238,10 @@ def run(
         # The first process has the run's folder to itself; its training tells the others what to do.
         _run_in_process(chosen[0], run_dir)
         return RunOutcome(run_dir, [])
-    with locked(run_dir), kept_copy(run_dir, keep, announce):
+    with locked(run_dir), kept_copy(run_dir, keep, announce) as copy_now:
         write_text(run_dir / CONFIG_NAME, config.to_yaml())
+        if "verify" in force and left_behind(run_dir / stage_named("export").folder):
+            force = [*force, "export"]  # it verifies all files
         outcomes: list[StageOutcome] = []
         planned = not plan_first
         for index, stage in enumerate(chosen):
@@ -248,29 +253,52 @@ def run(
                 outcomes.append(StageOutcome(stage, "up to date", state.finished, run_dir / stage.folder))
                 if ranks.world_size() > 1:
                     _run_in_process(stage, run_dir)  # tells the other machines, which wait for it
-                continue
-            ahead = [each.name for each in chosen[index:]]
-            if not planned and not _NOTHING_TO_PLAN.issuperset(ahead):
-                announce("plan: looking at the data, the model and this machine")
-                _child("plan", ["pipeline.plan_process", str(run_dir), *ahead], {})
-                planned = True
-            try:
-                outcomes.append(_make(stage, state, run_dir, stage.name in force, announce))
-            except StageFailed as failure:
-                if failure.exit_status == GateFailed.exit_status and chosen[-1].name == "report":
-                    _report_on_what_is_there(run_dir, announce)
-                raise
+            else:
+                ahead = [each.name for each in chosen[index:]]
+                if not planned and not _NOTHING_TO_PLAN.issuperset(ahead):
+                    announce("plan: looking at the data, the model and this machine")
+                    _child("plan", ["pipeline.plan_process", str(run_dir), *ahead], {})
+                    planned = True
+                try:
+                    outcomes.append(_make(stage, state, run_dir, stage.name in force, announce))
+                except StageFailed as failure:
+                    if failure.exit_status == GateFailed.exit_status and (first_report or chosen[-1].name == "report"):
+                        _report_on_what_is_there(run_dir, "", "shows what failed, and what is there", announce)
+                    raise
+            if stage.name == "verify" and first_report:
+                _report_first(run_dir, outcomes[-1].manifest, index + 1 < len(chosen), announce)
+                copy_now()
     return RunOutcome(run_dir, outcomes)
 
 
-def _report_on_what_is_there(run_dir: Path, announce: Callable[[str], None]) -> None:
-    """Write the report of a run that a gate has stopped: no artifact, so the next run makes it again."""
+def _report_first(run_dir: Path, verified: Manifest, evaluates: bool, announce: Callable[[str], None]) -> None:
+    """The GGUF is whole and proven: say where it is, with a report, hours before it is evaluated."""
+    folder, expected = run_dir / stage_named("report").folder, f"first {verified.digest}"
+    report = read_manifest(folder)
+    if report is not None and report.inputs.get("verify") == verified.digest:
+        return  # the whole report is there
+    if read_in_progress(folder).get("fingerprint") != expected or not any(folder.glob("*.html")):
+        _report_on_what_is_there(run_dir, expected, "is the first report, without evaluation and benchmark", announce)
+    gguf = run_dir / stage_named("export").folder
+    exported = read_manifest(gguf)
+    if exported is None:
+        return
+    gguf /= exported.result["ship"]
+    announce(
+        f"The GGUF is ready and verified: {gguf} ({gguf.stat().st_size / 1e9:.2f} GB). "
+        + ("It can be taken or published while it is evaluated" if evaluates else "It is not evaluated yet")
+        + "; medcot publish says so on its card."
+    )
+
+
+def _report_on_what_is_there(run_dir: Path, expected: str, what: str, announce: Callable[[str], None]) -> None:
+    """Write the report of a run that is not finished: no artifact, so that the next run makes it again."""
     stage = stage_named("report")
-    start_again(run_dir / stage.folder)
-    # What went wrong here its process has told; the gate's failure is what the run ends with.
+    _start_folder(run_dir / stage.folder, expected, force=True)
+    # What went wrong here its process has told; what the run ends with is something else.
     with suppress(StageFailed):
         _child(stage.name, [stage.module, stage.name, str(run_dir), PARTIAL], {})
-        announce(f"report: {run_dir / stage.folder} shows what failed, and what is there")
+        announce(f"report: {run_dir / stage.folder} {what}")
 
 
 def start_again(folder: Path) -> None:
@@ -294,14 +322,17 @@ def stage_config(stage: Stage, config: Config) -> dict[str, Any]:
         for part in key.split("."):
             value = value[part]
         picked[key] = value
+    if "training" in picked:
+        picked["training"] = settings_of_the_adapter(config.training)
     if "model.base" in picked or "model" in picked:
         picked["base"] = base_identity(config.model.base, config.model.revision)
     if "data" in picked:
         picked["records"] = source_identity(config.data)
     if "export" in picked:
-        # Its content, not its name; training text is an input of the stage.
+        # Its content, and the name that GGUFs note, not where it lies; training text is an input of the stage.
         matrix = Path(config.export.imatrix)
         picked["imatrix"] = sha256_file(matrix) if matrix.is_file() else None
+        picked["export"]["imatrix"] = matrix.name
     return picked
 
 
@@ -339,11 +370,20 @@ def _examine(stage: Stage, config: Config, run_dir: Path, force: bool) -> _State
     if _is_unfinished(manifest, expected, config):
         return _State(expected, None, None, unfinished=True)
     damaged = changed_files(folder, manifest)
+    if stage.name == "export" and damaged and _is_verified(config, run_dir):
+        damaged = [path for path in damaged if path not in left_behind(folder)]
     if damaged:
         return _State(expected, None, f"{damaged[0]} is missing or changed")
     if manifest.fingerprint != expected:
         return _State(expected, None, "its settings, inputs or versions changed")
     return _State(expected, manifest, None)
+
+
+def _is_verified(config: Config, run_dir: Path) -> bool:
+    """Whether nothing asks any more for the GGUFs that a copy has left behind."""
+    stage = stage_named("verify")
+    manifest = read_manifest(run_dir / stage.folder)
+    return manifest is not None and manifest.fingerprint == identify(stage, config, run_dir).fingerprint
 
 
 def finished_artifact(stage: Stage, config: Config, run_dir: Path) -> Manifest | None:
@@ -364,7 +404,7 @@ def _make(stage: Stage, state: _State, run_dir: Path, force: bool, announce: Cal
     folder = run_dir / stage.folder
     if state.why:
         announce(f"{stage.name}: {state.why}, made again")
-    status = _start_folder(folder, state.expected, force, state.unfinished)
+    status = _start_folder(folder, state.expected, force, state.unfinished, stage_versions(stage))
     with llama_background.llama_cpp(stage.on_gpu, announce) if LLAMA_CPP in stage.packages else nullcontext():
         announce(f"{stage.name}: {'goes on where it was interrupted' if status == 'gone on with' else 'started'}")
         _run_in_process(stage, run_dir)
@@ -388,29 +428,38 @@ def identify(stage: Stage, config: Config, run_dir: Path) -> StageIdentity:
     return StageIdentity(stage.name, stage_config(stage, config), digests, stage_versions(stage))
 
 
-def _start_folder(folder: Path, expected: str, force: bool, unfinished: bool = False) -> Status:
-    """Keep what an interrupted or unfinished attempt at the same thing left, else begin with an empty folder."""
-    in_progress = folder / IN_PROGRESS_NAME
+def _start_folder(
+    folder: Path, expected: str, force: bool, unfinished: bool = False, versions: Mapping[str, str] | None = None
+) -> Status:
+    """Keep what an interrupted or unfinished attempt at the same thing left, else begin with an empty folder.
+
+    Evaluated records of the same ``versions`` stay in any case: each is known by all that it depends on, so that other
+    gates or more rows cost no answer twice.
+    """
+    work = {"fingerprint": expected, "versions": versions}
+    manifest = read_manifest(folder)
     if unfinished:
         # In this order: a kill in between leaves both, which is as good.
-        write_json(in_progress, {"fingerprint": expected})
+        write_json(folder / IN_PROGRESS_NAME, work)
         (folder / MANIFEST_NAME).unlink()
-    if in_progress.is_file() and not force:
-        try:
-            interrupted = json.loads(in_progress.read_text())["fingerprint"]
-        except (ValueError, KeyError, TypeError):
-            interrupted = None
-        if interrupted == expected:
-            (folder / FAILURE_NAME).unlink(missing_ok=True)
-            return "gone on with"
+    if read_in_progress(folder).get("fingerprint") == expected and not force:
+        for name in (FAILURE_NAME, MANIFEST_NAME):  # a manifest is of other work, whose removal was cut off
+            (folder / name).unlink(missing_ok=True)
+        return "gone on with"
     if folder.exists():
         if not is_ours(folder):
             raise MedcotError(
                 f"{folder} holds files that medcot did not make: choose another --run-dir or empty that folder."
             )
+        made_with = manifest.versions if manifest is not None else read_in_progress(folder).get("versions")
+        if records(folder) and made_with == versions and not force:
+            write_json(folder / IN_PROGRESS_NAME, work)
+            for path in {*folder.iterdir()} - {folder / IN_PROGRESS_NAME, *records(folder)}:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            return "made"
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    write_json(in_progress, {"fingerprint": expected})
+    write_json(folder / IN_PROGRESS_NAME, work)
     return "made"
 
 

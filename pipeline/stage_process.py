@@ -21,6 +21,7 @@ from pipeline.artifacts import (
 )
 from pipeline.common_ground import copy_from_first, require_same_identity
 from pipeline.hardware import hide_gpu
+from pipeline.hub_commit import commits_used
 from pipeline.memory import peak_memory_bytes
 from pipeline.processes import run_as_child
 from pipeline.run import (
@@ -85,6 +86,7 @@ def _make_artifact(stage: Stage, run_dir: Path) -> None:
         peak_memory_bytes=peak_memory_bytes(),
         files=files,
         result=result.model_dump(mode="json"),
+        commits=commits_used(identity.config),
     )
     write_manifest(out_dir, manifest)
     (out_dir / IN_PROGRESS_NAME).unlink(missing_ok=True)

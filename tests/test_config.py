@@ -90,6 +90,17 @@ def test_files_that_are_not_configurations(tmp_path: Path, text: str, expected: 
         load_config(write(tmp_path, text))
 
 
+def test_a_pinned_revision_belongs_to_its_repository() -> None:
+    pinned = load_config("tinyllama-flashcards").model
+    assert pinned.revision is not None and len(pinned.revision) == 40
+    assert load_config("tinyllama-flashcards", [f"model.base={pinned.base}"]).model == pinned
+    assert load_config("tinyllama-flashcards", ["model.base=owner/other"]).model.revision is None
+    given = ["model.revision=v2", "model.base=owner/other"]
+    assert load_config("tinyllama-flashcards", given).model.revision == "v2"
+    data = load_config("deepseek-r1-8b").data
+    assert data.revision is not None and load_config("deepseek-r1-8b", ["data.source=sample"]).data.revision is None
+
+
 def test_unknown_names_list_the_presets(tmp_path: Path) -> None:
     with pytest.raises(MedcotError, match="presets are deepseek-r1-8b, smollm2-cpu, tinyllama-flashcards"):
         load_config("no-such-preset")

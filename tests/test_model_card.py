@@ -190,8 +190,8 @@ def test_a_missing_stage_leaves_a_card_that_says_so(tmp_path: Path, absent: str)
         "train": "The train stage has no result",
         "export": "There is no GGUF yet",
         "verify": "Not verified",
-        "evaluate": "Not evaluated",
-        "bench": "Speed was not measured",
+        "evaluate": "Not evaluated yet",
+        "bench": "Speed is not measured yet",
     }
     assert card.headings == ["run", *PARTS]
     for stage, sentence in said.items():

@@ -63,8 +63,18 @@ def test_both_take_the_same_steps(books: dict[str, Any]) -> None:
             one, other = one.replace(folder, word), other.replace(folder, word)
         assert one == other, step
     assert re.findall(r"^!\./run_pipeline\.sh.*", "\n".join(kaggle.values()), re.M) == [
-        "!./run_pipeline.sh {PRESET} {ARGUMENTS}"
+        "!./run_pipeline.sh {PRESET} --until verify --first-report {ARGUMENTS}",
+        "!./run_pipeline.sh {PRESET} {ARGUMENTS}",
     ]
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_the_file_can_be_taken_before_it_is_evaluated(name: str, books: dict[str, Any]) -> None:
+    steps = list(sources(books[name]))
+    handed_out = ["run", "report", "download", "publish", "ask"]
+    assert steps[-8:] == [*handed_out, "evaluate", "whole-report", "publish-figures"]
+    told = {cell.id: cell.source for cell in books[name].cells if cell.cell_type == "markdown"}
+    assert "GGUF **within 2 hours**" in told["about-run"] and "**within 3 hours**" in told["about-evaluate"]
 
 
 def test_the_preset_exists(books: dict[str, Any]) -> None:
@@ -81,7 +91,7 @@ def test_every_command_has_the_options_it_is_called_with(name: str, books: dict[
             if arguments[:3] == ["python", "-m", "pipeline.cli"]:
                 arguments = arguments[3:]
             elif arguments[0] == "./run_pipeline.sh":
-                arguments = ["run", *arguments[1:2]]
+                arguments = ["run", *arguments[1:-1]]  # the last stands for options of any kind
             else:
                 assert arguments[0] == "git", line
                 continue

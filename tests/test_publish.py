@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -109,6 +110,36 @@ def test_a_second_call_sends_nothing(hub: HubServer, run_dir: Path) -> None:
     again = publish("ann/gout", run_dir, report=False)
     assert {file.state for file in again.files} == {"there already"} and again.bytes_to_send == 0
     assert again.commit == first.commit and again.existed and len(hub.commits) == 1 and hub.received == received
+
+
+@pytest.mark.parametrize("evaluation", ["not run", "unfinished"])
+def test_a_gguf_is_published_before_it_is_evaluated_and_its_figures_by_the_same_command(
+    hub: HubServer, tmp_path: Path, evaluation: str
+) -> None:
+    """As from a notebook whose later cell evaluates, and may be at work or was interrupted."""
+    verified = {name: each for name, each in measurements().items() if name not in ("evaluate", "bench", "report")}
+    run_dir = finished_run(tmp_path / "run", results=verified)
+    if evaluation == "unfinished":
+        (run_dir / "eval").mkdir()
+        (run_dir / "eval" / "in_progress.json").write_text('{"fingerprint": "x"}')
+    told = publish("ann/gout", run_dir, report=False, dry_run=True)
+    first = publish("ann/gout", run_dir, report=False)
+    assert [note.split(",")[0] for note in told.notes] == [
+        "This model is not evaluated yet"
+    ] and first.notes == told.notes
+    card = text(hub, "README.md")
+    assert "Not evaluated yet: whether the tuned model beats its base is not known." in card
+    assert "Speed is not measured yet." in card
+    assert f"Use {TUNED} (" in card.replace("\\_", "_")
+
+    evaluated = finished_run(tmp_path / "evaluated" / "run")
+    for name in ("eval", "bench"):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+        shutil.copytree(evaluated / name, run_dir / name)
+    second = publish("ann/gout", run_dir, report=False)
+    assert len(hub.commits) == 2 and second.notes == []
+    assert {file.path for file in second.files if file.state == "sent"} == {"README.md", RECORD_PATH}
+    assert "evaluated yet" not in text(hub, "README.md") and "tuned is better" in text(hub, "README.md")
 
 
 def test_another_gguf_is_added_and_the_rest_not_sent_again(hub: HubServer, run_dir: Path) -> None:

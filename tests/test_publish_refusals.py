@@ -108,6 +108,15 @@ def test_a_repository_that_was_opened_meanwhile_gets_nothing(hub: HubServer, run
     assert not hub.commits
 
 
+def test_a_gguf_that_stayed_on_another_machine_is_told(hub: HubServer, run_dir: Path) -> None:
+    (run_dir / "gguf" / F16).unlink()
+    (run_dir / "gguf" / "left_behind.json").write_text(f'["{F16}"]')
+    with pytest.raises(MedcotError, match=r"is not in the copy .+: medcot run --force export makes it again"):
+        publish("ann/gout", run_dir, all_ggufs=True)
+    publish("ann/gout", run_dir)
+    assert len(hub.commits) == 1
+
+
 def failed_verification(tmp_path: Path) -> Path:
     verified = measurements()["verify"]
     assert isinstance(verified, Verification)

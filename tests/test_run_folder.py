@@ -6,6 +6,9 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -230,8 +233,81 @@ def test_after_a_failed_gate_the_run_writes_its_report_and_ends_with_status_3(
     text = Page((run_dir / "report" / "report.html").read_text()).text
     assert "verify: gate failed. token ids differ; what it measured is not there." in text
     assert read_manifest(run_dir / "report") is None and said[-1].endswith("shows what failed, and what is there")
-    # Who asked for less gets no report.
+    # Who asked for less gets no report, unless it is to come early.
     (run_dir / "report" / "report.html").unlink()
     with pytest.raises(driver.StageFailed):
         driver.run(config, run_dir, until="verify", plan_first=False)
     assert not (run_dir / "report" / "report.html").exists()
+    with pytest.raises(driver.StageFailed):
+        driver.run(config, run_dir, until="verify", plan_first=False, first_report=True)
+    assert (run_dir / "report" / "report.html").is_file()
+
+
+def test_on_a_hosted_machine_the_report_comes_before_the_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stages' processes are played, the report's is real."""
+    done = {name: each for name, each in measurements().items() if name in ("prepare", "train", "export", "verify")}
+    run_dir = make_run(tmp_path / "run", done, files={"export": {TUNED: b"GGUF"}})
+    started: list[str] = []
+
+    def examine(stage: driver.Stage, *_: object) -> object:
+        return driver._State("12" * 32, read_manifest(run_dir / stage.folder), None)
+
+    def evaluate(stage: driver.Stage, _: Path) -> None:
+        started.append(stage.name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(driver, "_examine", examine)
+    monkeypatch.setattr(driver, "_run_in_process", evaluate)
+    said: list[str] = []
+    copied: list[int] = []
+
+    @contextmanager
+    def copies(*_: object) -> Iterator[Callable[[], None]]:
+        yield lambda: copied.append(len(started))
+
+    monkeypatch.setattr(driver, "kept_copy", copies)
+    run = partial(driver.run, Config(name="run"), run_dir, plan_first=False, announce=said.append)
+    run(until="verify")
+    assert not (run_dir / "report").exists()  # on a machine of one's own it comes at the end
+
+    run(until="verify", first_report=True)
+    gguf = run_dir / "gguf" / TUNED
+    assert said[-2:] == [
+        f"report: {run_dir / 'report'} is the first report, without evaluation and benchmark",
+        f"The GGUF is ready and verified: {gguf} (0.00 GB). It is not evaluated yet; medcot publish says so on its "
+        "card.",
+    ]
+    text = Page((run_dir / "report" / "report.html").read_text()).text
+    assert "Not evaluated yet" in text and "Speed is not measured yet." in text
+    assert read_manifest(run_dir / "report") is None and copied[-1] == 0
+
+    written = (run_dir / "report" / "report.html").stat().st_mtime_ns
+    with pytest.raises(KeyboardInterrupt):
+        run(first_report=True)
+    assert started == ["evaluate"] and "It can be taken or published while it is evaluated" in said[-2]
+    assert (run_dir / "report" / "report.html").stat().st_mtime_ns == written  # once is enough
+
+
+def test_files_that_a_copy_left_behind_are_missed_until_they_are_verified(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    run_dir, config = tmp_path / "run", Config.model_validate({"name": "run", "model": {"base": str(base)}})
+    files = {"export": {TUNED: b"GGUF", "run-F16.gguf": b"large"}}
+    make_run(run_dir, measurements(), config, files)
+    for name in ("prepare", "train", "export", "verify"):
+        stage = stage_named(name)
+        manifest = read_manifest(run_dir / stage.folder)
+        assert manifest is not None
+        identity = driver.identify(stage, config, run_dir)
+        renewed = {"fingerprint": identity.fingerprint, "inputs": identity.inputs}
+        write_manifest(run_dir / stage.folder, manifest.model_copy(update=renewed))
+    export = stage_named("export")
+    assert driver.finished_artifact(export, config, run_dir) is not None
+    (run_dir / "gguf" / "run-F16.gguf").unlink()
+    assert driver.finished_artifact(export, config, run_dir) is None  # lost here
+    (run_dir / "gguf" / "left_behind.json").write_text('["run-F16.gguf"]')
+    assert driver.finished_artifact(export, config, run_dir) is not None
+    (run_dir / "verify" / "manifest.json").unlink()
+    assert driver.finished_artifact(export, config, run_dir) is None  # there is no proof without it

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
@@ -206,6 +207,28 @@ def test_a_session_that_ends_behind_the_last_step_trains_none_too_many(
     succeeded(trainings.run(out, SETTINGS))
     assert result(out).resumed_from_step == STEPS
     assert_same_training(out, undisturbed)
+
+
+def test_it_resumes_with_settings_that_cannot_change_the_adapter(trainings: Trainings, tmp_path: Path) -> None:
+    """The advice after a lack of memory, taken in the middle: the same examples in other batches, recomputed
+    activations, evaluation row by row, checkpoints and logged means at other steps."""
+    exact = [*SETTINGS, "lora.dropout=0", "model.load_in_4bit=false", "model.dtype=float32"]
+    expected, out = tmp_path / "expected", tmp_path / "adapter"
+    succeeded(trainings.run(expected, exact))
+
+    kill = at_step(out, 8, lambda pid: os.kill(pid, signal.SIGKILL))
+    wider = ["training.batch_size=2", "training.gradient_accumulation=1", "training.gradient_checkpointing=false"]
+    assert trainings.run(out, [*exact, *wider], meanwhile=kill).status == -signal.SIGKILL
+    changed = ["training.logging_steps=3", "training.checkpoint_steps=7", "training.eval_batch_size=1"]
+    succeeded(trainings.run(out, [*exact, *changed]))
+    resumed = result(out).resumed_from_step
+    assert resumed is not None and resumed in (6, 9)  # the checkpoints of the first session
+    assert [row["step"] for row in metrics(out) if "loss" in row and row["step"] > 10] == [12, 15, 18, 21]
+    found, wanted = (load_file(each / "adapter_model.safetensors") for each in (out, expected))
+    for name in wanted:
+        difference = np.linalg.norm(found[name] - wanted[name]) / np.linalg.norm(wanted[name])
+        assert difference < 1e-5, name  # float32's rounding
+    assert result(out).eval_loss_after == pytest.approx(result(expected).eval_loss_after, rel=1e-5)
 
 
 def test_patience_ends_it_and_the_best_adapter_is_kept(trainings: Trainings, tmp_path: Path) -> None:

@@ -116,4 +116,4 @@ def test_where_metrics_go_and_how_long_it_may_take_change_no_fingerprint(base: P
     expected = driver.identify(stage, config_of(base), run_dir).fingerprint
     free = config_of(base, "training.max_minutes=3", "training.report_to=tensorboard")
     assert driver.identify(stage, free, run_dir).fingerprint == expected
-    assert driver.identify(stage, config_of(base, "training.epochs=3"), run_dir).fingerprint != expected
+    assert driver.identify(stage, config_of(base, "training.learning_rate=1e-5"), run_dir).fingerprint != expected

@@ -19,7 +19,7 @@ from bench.sections.evaluation import (
 )
 from bench.sections.speed import seconds
 from pipeline.metrics import METRIC_BY_KEY, MetricKey
-from pipeline.results import Benchmark, Evaluation, ExportedFile, ExportedModels, Speed, TrainedAdapter, Verification
+from pipeline.results import Benchmark, ExportedFile, ExportedModels, Speed, TrainedAdapter, Verification
 from pipeline.training.gradient_scaler import is_tolerable, skipped_steps_sentence
 
 # What a reader decides by; the others are in the table below.
@@ -33,8 +33,8 @@ def decide(run: Run) -> list[Line]:
         *_failures(run),
         *_skipped_steps(run.trained),
         _is_verified(run),
-        *_tuned_against_base(run.evaluated, run.exported),
-        *_speed(run.benchmarked, shipped),
+        *_tuned_against_base(run),
+        *_speed(run, shipped),
         *_recommendation(run.benchmarked, shipped),
     ]
 
@@ -93,12 +93,26 @@ def _is_verified(run: Run) -> Line:
     )
 
 
-def _tuned_against_base(evaluation: Evaluation | None, exported: ExportedModels | None) -> Iterator[Line]:
+def not_evaluated(run: Run) -> Line:
+    """What a report says in the evaluation's place."""
+    unknown = "whether the tuned model beats its base is not known"
+    if run.states["evaluate"].pending:
+        return Line(f"Not evaluated yet: {unknown}.")
+    return Line(f"Not evaluated: {unknown}.", "bad")
+
+
+def not_benchmarked(run: Run) -> Line:
+    """What a report says in the benchmark's place."""
+    return Line("Speed is not measured yet." if run.states["bench"].pending else "Speed was not measured.")
+
+
+def _tuned_against_base(run: Run) -> Iterator[Line]:
+    evaluation = run.evaluated
     if evaluation is None:
-        yield Line("Not evaluated: whether the tuned model beats its base is not known.", "bad")
+        yield not_evaluated(run)
         return
     base, _ = by_role(evaluation)
-    tuned = tuned_model(evaluation, exported)
+    tuned = tuned_model(evaluation, run.exported)
     if tuned is None or base is None:
         yield Line("Only one model was evaluated, so there is no comparison of tuned and base.")
         return
@@ -114,11 +128,12 @@ def _tuned_against_base(evaluation: Evaluation | None, exported: ExportedModels 
             yield Line(sentence)
 
 
-def _speed(benchmark: Benchmark | None, shipped: ExportedFile | None) -> Iterator[Line]:
+def _speed(run: Run, shipped: ExportedFile | None) -> Iterator[Line]:
+    benchmark = run.benchmarked
     measured = speed_of(benchmark, shipped)
     if benchmark is None or measured is None:
         if benchmark is None:
-            yield Line("Speed was not measured.")
+            yield not_benchmarked(run)
         return
     pace = statistics.fmean(measured.generated_tokens_per_second)
     first = statistics.median(measured.time_to_first_token_seconds)

@@ -20,10 +20,17 @@ def provenance_section(run: Run) -> Section | None:
         for stage, artifact in run.artifacts.items()
         for record in artifact.manifest.files
     )
+    commits = {
+        (artifact.manifest.config[name]["hub"], commit)
+        for artifact in run.artifacts.values()
+        for name, commit in artifact.manifest.commits.items()
+    }
+    fetched = Table(("Repository", "Commit"), "ll", tuple(sorted(commits)), caption="Fetched from the hub", folded=True)
     return Section(
         "Versions and hashes",
         tables=(
             Table(("Package", "Version"), "ll", tuple(sorted(versions)), caption="Versions of packages", folded=True),
+            *([fetched] if commits else []),
             Table(("Stage", "File", "SHA-256"), "lll", hashes, caption="Files and their hashes", folded=True),
         ),
     )

@@ -237,6 +237,7 @@ class _Bookkeeping(TrainerCallback):
         self._trainer, self._bar = trainer, bar
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        state.compute_steps(args, state.max_steps)  # a checkpoint brings those of the session that wrote it
         self._trainer.take_up_pending_loss()
         self._trainer.loop_seconds.start()
         self._trainer.budget.loop_begins()

@@ -86,15 +86,22 @@ def machines(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict
 def test_kaggles_notebook_makes_a_run_and_shows_it(machines: dict[str, dict[str, str]]) -> None:
     shows = machines["kaggle"]
     assert "train: started" in shows["run"] and "Chat with it:" in shows["run"], shows["run"][-3000:]
-    assert f"{NAME}-Q4_K_M.gguf" in unescape(shows["report"]) and shows["report"].startswith("<div><iframe srcdoc=")
+    assert "The GGUF is ready and verified" in shows["run"] and "evaluate: started" not in shows["run"]
+    assert "Not evaluated yet" in unescape(shows["report"]) and shows["report"].startswith("<div><iframe srcdoc=")
     assert f"href='runs/{NAME}/gguf/{NAME}-Q4_K_M.gguf'" in shows["download"]
-    assert shows["publish"] == ""
+    assert shows["publish"] == shows["publish-figures"] == ""
     assert " tokens in " in shows["ask"], shows["ask"]
+    assert "verify: up to date" in shows["evaluate"] and "bench: started" in shows["evaluate"], shows["evaluate"][
+        -3000:
+    ]
+    whole = unescape(shows["whole-report"])
+    assert f"{NAME}-Q4_K_M.gguf" in whole and "Not evaluated yet" not in whole
 
 
 def test_colabs_notebook_goes_on_from_the_copy_of_a_session_that_is_gone(machines: dict[str, dict[str, str]]) -> None:
     shows = machines["colab"]
     assert "has no Google Drive to mount" in shows["drive"]
-    assert "keep: going on from" in shows["run"] and "Everything is up to date" in shows["run"], shows["run"][-3000:]
-    assert shows["report"] == machines["kaggle"]["report"]
+    assert "keep: resumed from" in shows["run"] and "Everything is up to date" in shows["run"], shows["run"][-3000:]
+    assert "Everything is up to date" in shows["evaluate"], shows["evaluate"][-3000:]
+    assert shows["report"] == shows["whole-report"] == machines["kaggle"]["whole-report"]
     assert " tokens in " in shows["ask"], shows["ask"]
