@@ -46,7 +46,7 @@ FLOAT32_STEPS, FLOAT16_STEPS, SCALED_STEPS = 3, 2, 8
 FLOAT32 = ("model.dtype=float32", f"training.max_steps={FLOAT32_STEPS}", "training.checkpoint_steps=50")
 FLOAT16 = ("model.dtype=float16", f"training.max_steps={FLOAT16_STEPS}", "training.checkpoint_steps=50")
 SCALED = ("model.dtype=float16", f"training.max_steps={SCALED_STEPS}", "training.checkpoint_steps=2")
-SCALE = 2.0**17  # overflows a few times, so that some steps are skipped and some are not
+SCALE = 2.0**18  # overflows now and then: steps are skipped before and after the kill, and some are not
 QUESTIONS = {"train": ["1?", "Is 2?"], "eval": ["3?", "4?"]}
 
 
