@@ -165,7 +165,7 @@ def plain(gpu: GpuPath) -> tuple[list[float], list[float]]:
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     held_out.append(float(loss_on("eval").detach()))
     return losses, held_out
 
@@ -195,10 +195,10 @@ def test_in_32_bit_the_losses_are_those_of_transformers_and_peft(
 def test_in_16_bit_with_autocast_and_scaler_they_are_so_within_rounding(
     gpu: GpuPath, plain: tuple[list[float], list[float]]
 ) -> None:
-    """float16 has 11 significant bits: 5e-4 in each number."""
+    """float16 has 11 significant bits, 5e-4 in each number; of a mean over tokens less is left, here 5e-5."""
     result = gpu.result("float16")
-    assert train_losses(result) == pytest.approx(plain[0][:FLOAT16_STEPS], rel=2e-3)
-    assert result.eval_loss_before == pytest.approx(plain[1][0], rel=2e-3)
+    assert train_losses(result) == pytest.approx(plain[0][:FLOAT16_STEPS], rel=2e-4)
+    assert result.eval_loss_before == pytest.approx(plain[1][0], rel=2e-4)
     assert result.skipped_steps == 0 and gpu.rows("float16")[-2]["skipped_steps"] == 0
     assert "patched 1 layers with 1 QKV layers, 1 O layers and 1 MLP layers" in gpu.messages("float16")
 
