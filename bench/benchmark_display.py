@@ -23,6 +23,8 @@ def print_benchmark(benchmark: Benchmark) -> None:
         console.print(_quality_table(benchmark.quality))
     if benchmark.quality_note:
         console.print(f"Quality: {benchmark.quality_note}", highlight=False)
+    if benchmark.ended_early is not None:
+        console.print(benchmark.ended_early.sentence, highlight=False)
     if benchmark.recommendation is not None:
         console.print(f"Recommendation: {benchmark.recommendation.reason}", highlight=False)
     console.print(_conditions(benchmark), highlight=False)

@@ -13,7 +13,8 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,13 +29,14 @@ from pipeline.config import KvType
 from pipeline.errors import MedcotError
 from pipeline.hardware import usable_cores
 from pipeline.prompts import ChatFormat
+from pipeline.results import EngineName
 from pipeline.sampling import DEFAULT_TEMPERATURE, DEFAULT_TOP_P
+from pipeline.time_limit import NO_LIMIT, TimeLimit
 from pipeline.tokenizer_files import has_tokenizer
 from pipeline.vocabulary import TransformersVocabulary
 
 ADAPTER_CONFIG = "adapter_config.json"
 _BATCH = {"cuda": 16, "cpu": 4}  # prompts that transformers answers together
-EngineName = Literal["llama.cpp", "transformers"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -85,8 +87,13 @@ class Engine(Protocol):
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
         """Greedy continuation without the end of turn; shorter than the limit where the model ended it."""
 
-    def generate_many(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[tuple[int, list[int]]]:
-        """``generate`` for each prompt, together where that is faster: (index, new ids) as each one ends."""
+    def generate_many(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, limit: TimeLimit = NO_LIMIT
+    ) -> Iterator[tuple[int, list[int]]]:
+        """``generate`` for each prompt, together where that is faster: (index, new ids) as each one ends.
+
+        Stops at ``limit``, between two tokens; what is not ended by then is not yielded.
+        """
 
     def text(self, ids: Sequence[int]) -> str:
         """Ids as text, control tokens spelled out."""
@@ -193,10 +200,12 @@ class LlamaCppEngine:
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
         return list(self._model.generate(ids, max_new_tokens))
 
-    def generate_many(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[tuple[int, list[int]]]:
+    def generate_many(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, limit: TimeLimit = NO_LIMIT
+    ) -> Iterator[tuple[int, list[int]]]:
         from bench.parallel_decoding import decode_greedily
 
-        return decode_greedily(self._model, prompts, max_new_tokens, self._threads)
+        return decode_greedily(self._model, prompts, max_new_tokens, self._threads, limit)
 
     def text(self, ids: Sequence[int]) -> str:
         return self._model.text(ids)
@@ -252,12 +261,22 @@ class TransformersEngine:
     """A model's folder under PyTorch, with a LoRA adapter merged into it where there is one.
 
     The tokenizer is the adapter's where its folder has one: that is what trained. In 4 bit (CUDA only) the
-    adapter stays beside the weights, because merging would round the sum to 4 bit again.
+    adapter stays next to the weights, because merging would round the sum to 4 bit again; so it does with
+    ``merge_adapter`` False, for ``base_only``. ``end_ids`` are the tokens that end an answer, where they are not to be
+    the template's and the model's own.
     """
 
     name: EngineName = "transformers"
 
-    def __init__(self, base: Path, adapter: Path | None, settings: Settings) -> None:
+    def __init__(
+        self,
+        base: Path,
+        adapter: Path | None,
+        settings: Settings,
+        *,
+        merge_adapter: bool = True,
+        end_ids: Collection[int] | None = None,
+    ) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -273,15 +292,15 @@ class TransformersEngine:
             model = AutoModelForCausalLM.from_pretrained(
                 base,
                 dtype=_torch_dtype(settings.dtype, self._device),
-                quantization_config=_four_bit(torch) if in_4bit else None,
-                device_map={"": 0} if in_4bit else None,
+                # None would hide the configuration of a base that is stored in 4 bit.
+                **({"quantization_config": _four_bit(torch), "device_map": {"": 0}} if in_4bit else {}),
             )
         except (OSError, ValueError) as error:
             raise MedcotError(f"transformers cannot load {base}: {str(error).splitlines()[0]}") from error
         with_tokenizer = adapter if adapter and has_tokenizer(adapter) else base
         self._tokenizer = load_tokenizer(with_tokenizer)
         if adapter is not None:
-            model = _with_adapter(model, adapter, merge=not in_4bit)
+            model = _with_adapter(model, adapter, merge=merge_adapter and not in_4bit)
         self._model = model.eval() if in_4bit else model.to(self._device).eval()
         self.weights = "bnb-4bit" if in_4bit else str(model.dtype).removeprefix("torch.")
         self.file_bytes = sum(_weight_bytes(folder) for folder in (base, adapter) if folder)
@@ -289,6 +308,12 @@ class TransformersEngine:
         self._recipe = read_recipe(adapter)
         self._system = self._recipe.system if settings.system is None and self._recipe else settings.system
         self._with_tokenizer = with_tokenizer
+        self._given_end_ids = end_ids
+
+    def base_only(self) -> AbstractContextManager[None]:
+        """Within it the model is the base without the adapter, which must not have been merged."""
+        disabled: AbstractContextManager[None] = self._model.disable_adapter()
+        return disabled
 
     @cached_property
     def chat_format(self) -> ChatFormat:
@@ -314,29 +339,47 @@ class TransformersEngine:
                 yield output.logits[0].float().cpu().numpy()
 
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
-        return self._generate_together([ids], max_new_tokens)[0]
+        return next(new for _, new in self.generate_many([ids], max_new_tokens))
 
-    def generate_many(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[tuple[int, list[int]]]:
+    def generate_many(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, limit: TimeLimit = NO_LIMIT
+    ) -> Iterator[tuple[int, list[int]]]:
         # Prompts of like length share a batch: padding is computed as well.
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         size = _BATCH[self._device]
-        while order:
+        while order and not limit.is_up():
             batch, order = order[:size], order[size:]
             try:
-                written = self._generate_together([prompts[index] for index in batch], max_new_tokens)
-            except self._torch.OutOfMemoryError:
+                written = self._generate_together([prompts[index] for index in batch], max_new_tokens, limit)
+            except self._torch.OutOfMemoryError as error:
                 if len(batch) == 1:
-                    raise
+                    raise MedcotError(
+                        f"Not enough memory to answer a prompt of {len(prompts[batch[0]]):,} tokens with up to "
+                        f"{max_new_tokens:,} more under transformers: give a smaller limit of new tokens "
+                        "(evaluation.max_new_tokens), or let llama.cpp answer (evaluation.engine=llama.cpp)."
+                    ) from error
                 size, order = len(batch) // 2, batch + order
+            else:
+                yield from ((index, new) for index, new in zip(batch, written, strict=True) if new is not None)
                 continue
-            yield from zip(batch, written, strict=True)
+            if self.on_gpu:  # after the exception, whose frames hold the batch's tensors
+                self._torch.cuda.empty_cache()
 
-    def _generate_together(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
-        """Greedy continuations of several prompts, padded on the left so that all go on from the same place."""
+    def _generate_together(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, limit: TimeLimit
+    ) -> list[list[int] | None]:
+        """Greedy continuations of several prompts, padded on the left so that all continue from the same place.
+
+        None for one that the limit has cut off.
+        """
         ends = self._end_ids
         width = max(map(len, prompts))
         padded = [[min(ends)] * (width - len(ids)) + list(ids) for ids in prompts]
         seen = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
+
+        def out_of_time(ids: Any, scores: Any, **_: Any) -> Any:
+            return self._torch.full((ids.shape[0],), limit.is_up(), device=ids.device)
+
         with self._torch.inference_mode():
             output = self._model.generate(
                 self._torch.tensor(padded, device=self._device),
@@ -346,14 +389,22 @@ class TransformersEngine:
                 temperature=None,
                 top_p=None,
                 top_k=None,
+                repetition_penalty=1.0,  # whatever the model's own configuration asks for: llama.cpp does not read it
                 eos_token_id=sorted(ends),
                 pad_token_id=min(ends),
+                **({"stopping_criteria": [out_of_time]} if limit.is_set else {}),
             )
-        return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in output[:, width:].tolist()]
+        rows = output[:, width:].tolist()
+        written = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in rows]
+        # A row is whole that came to an end, or to its greatest length.
+        return [new if len(new) < len(row) or len(new) == max_new_tokens else None
+                for new, row in zip(written, rows, strict=True)]  # fmt: skip
 
     @cached_property
     def _end_ids(self) -> set[int]:
         """The template's end of turn, and whatever else the model's own configuration ends on."""
+        if self._given_end_ids is not None:
+            return set(self._given_end_ids)
         controls = self.chat_format.vocabulary.control_tokens
         own = self._model.generation_config.eos_token_id
         ends = {controls[self.chat_format.end_of_turn], controls[self.chat_format.vocabulary.eos_token]}
@@ -456,7 +507,13 @@ def _four_bit(torch: Any) -> Any:
     from transformers import BitsAndBytesConfig
 
     compute = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+    # Its scales quantized too, as Unsloth trains.
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
 
 
 def _with_adapter(model: Any, adapter: Path, *, merge: bool) -> Any:

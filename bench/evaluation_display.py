@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from bench.sections.evaluation import conditions
 from pipeline.metrics import METRICS, Metric
 from pipeline.results import Comparison, Estimate, Evaluation
 
@@ -29,6 +30,8 @@ def print_evaluation(evaluation: Evaluation) -> None:
         table.add_row(*cells)
     console = Console()
     console.print(table)
+    for sentence in conditions(evaluation):
+        console.print(sentence, markup=False, highlight=False)
     for model in evaluation.models:
         if model.choice_chance is not None:
             console.print(f"{model.model}: guessing reaches {model.choice_chance:.0%} of the multiple choice.")

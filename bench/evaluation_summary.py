@@ -7,19 +7,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 
 from bench import statistics
 from bench.multiple_choice import ChoiceOutcome, calibration_bins, calibration_error, calibration_parts
-from bench.record_outcome import RecordOutcome
+from bench.record_outcome import Likelihood, RecordOutcome
 from bench.statistics import Difference, Floats, Statistic
 from bench.text_metrics import bleu_4_of_sums
 from pipeline.metrics import METRICS, MetricKey
-from pipeline.results import Comparison, Estimate, ModelEvaluation, Verdict
+from pipeline.results import Comparison, EngineName, Estimate, ModelEvaluation, Verdict
 
 Role = Literal["tuned", "base"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model's records in order: the first so many have a likelihood, and the first of these an answer too."""
+
+    scored: Sequence[Likelihood]
+    answered: Sequence[RecordOutcome]
+
+    def of(self, key: MetricKey) -> Sequence[RecordOutcome]:
+        # What a likelihood's metric reads is there in both.
+        return cast("Sequence[RecordOutcome]", self.scored) if key in _OF_LIKELIHOOD else self.answered
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,7 @@ def _mean(value: Callable[[RecordOutcome], float]) -> _Numbers:
     return _Numbers(_each(value, lambda record: 1), statistics.ratio)
 
 
-def _perplexity(nll: Callable[[RecordOutcome], float], tokens: Callable[[RecordOutcome], int]) -> _Numbers:
+def _perplexity(nll: Callable[[Likelihood], float], tokens: Callable[[Likelihood], int]) -> _Numbers:
     return _Numbers(_each(nll, tokens), statistics.exp_ratio, lambda record: tokens(record) > 0)
 
 
@@ -61,6 +73,7 @@ def _was_asked(record: RecordOutcome) -> bool:
     return record.choice is not None
 
 
+_OF_LIKELIHOOD: frozenset[MetricKey] = frozenset({"perplexity", "reasoning_perplexity", "answer_perplexity"})
 _NUMBERS: dict[MetricKey, _Numbers] = {
     "perplexity": _perplexity(lambda r: r.reasoning_nll + r.answer_nll, lambda r: r.reasoning_tokens + r.answer_tokens),
     "reasoning_perplexity": _perplexity(lambda r: r.reasoning_nll, lambda r: r.reasoning_tokens),
@@ -88,17 +101,23 @@ _NUMBERS: dict[MetricKey, _Numbers] = {
 }
 
 
-def summarize(model: str, role: Role, records: Sequence[RecordOutcome], seed: int) -> ModelEvaluation:
-    """Every metric that the records allow."""
-    found: dict[str, Estimate | None] = {metric.key: _estimate(metric.key, records, seed) for metric in METRICS}
+def summarize(model: str, role: Role, measured: Measured, seed: int, engine: EngineName) -> ModelEvaluation:
+    """Every metric that the records allow; ``engine`` wrote the answers."""
+    records = measured.answered
+    found: dict[str, Estimate | None] = {
+        metric.key: _estimate(metric.key, measured.of(metric.key), seed) for metric in METRICS
+    }
     choices = [record.choice for record in records if record.choice is not None]
     return ModelEvaluation.model_validate(
         {
             "model": model,
             "role": role,
+            "engine": engine,
             **found,
-            "finished": statistics.wilson(sum(record.finished for record in records), len(records)),
-            "mean_new_tokens": sum(record.new_tokens for record in records) / len(records),
+            "finished": statistics.wilson(sum(record.finished for record in records), len(records))
+            if records
+            else None,
+            "mean_new_tokens": sum(record.new_tokens for record in records) / max(1, len(records)),
             "choice_chance": float(np.mean([1 / len(choice.log_probabilities) for choice in choices]))
             if choices
             else None,
@@ -120,11 +139,7 @@ def _estimate(key: MetricKey, records: Sequence[RecordOutcome], seed: int) -> Es
 
 
 def compare(
-    model: str,
-    records: Sequence[RecordOutcome],
-    reference: str,
-    reference_records: Sequence[RecordOutcome],
-    seed: int,
+    model: str, measured: Measured, reference: str, reference_measured: Measured, seed: int
 ) -> list[Comparison]:
     """``model`` minus ``reference`` for every metric that both have; their records are the same, in the same order."""
     comparisons = []
@@ -132,7 +147,7 @@ def compare(
         numbers = _NUMBERS[metric.key]
         pairs = [
             (one, other)
-            for one, other in zip(records, reference_records, strict=True)
+            for one, other in zip(measured.of(metric.key), reference_measured.of(metric.key), strict=True)
             if numbers.applies(one) and numbers.applies(other)
         ]
         if not pairs:

@@ -6,11 +6,21 @@ from collections.abc import Sequence
 
 from pipeline.errors import GateFailed
 from pipeline.gates import Gate
-from pipeline.results import Comparison, Estimate, Evaluation, GateOutcome, ModelEvaluation
+from pipeline.results import (
+    Comparison,
+    Estimate,
+    Evaluation,
+    EvaluationEndedEarly,
+    GateOutcome,
+    ModelEvaluation,
+)
 
 
 def check_gates(
-    gates: Sequence[Gate], models: Sequence[ModelEvaluation], comparisons: Sequence[Comparison]
+    gates: Sequence[Gate],
+    models: Sequence[ModelEvaluation],
+    comparisons: Sequence[Comparison],
+    ended_early: EvaluationEndedEarly | None = None,
 ) -> list[GateOutcome]:
     """Each gate for each tuned model; what was not measured has not passed."""
     outcomes = []
@@ -19,6 +29,10 @@ def check_gates(
             continue
         for gate in gates:
             passed, detail = _check(gate, model, comparisons)
+            if ended_early is not None:
+                detail += (
+                    f" (ended early: evaluation.max_minutes={ended_early.minutes:g}, of {ended_early.records} records)"
+                )
             outcomes.append(
                 GateOutcome(
                     model=model.model, metric=gate.metric.key, condition=gate.condition, passed=passed, detail=detail

@@ -22,6 +22,7 @@ from pipeline.results import Check, Measurement
 SCHEMA_VERSION = 1
 RESULTS_DIR = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- gpu-results -->", "<!-- /gpu-results -->"
+PLANNED = ", planned"  # ends the name of a figure that the plan gave for the one of the same name without it
 NOT_RUN = "It has not run on a GPU yet."
 Status = Literal["passed", "failed", "skipped", "unfinished"]
 
@@ -82,9 +83,10 @@ class GpuResults(Measurement):
         return 0 if "passed" in statuses else 1
 
 
-def file_name(machine: GpuMachine) -> str:
-    """For example ``nvidia-h100-80gb-hbm3.json``."""
-    return re.sub(r"[^a-z0-9]+", "-", (machine.gpu or "rehearsal").lower()).strip("-") + ".json"
+def file_name(machine: GpuMachine, only: Sequence[str] = ()) -> str:
+    """For example ``nvidia-h100-80gb-hbm3.json``; of a call for some parts only, their names are in it."""
+    words = " ".join([machine.gpu or "rehearsal", *only])
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") + ".json"
 
 
 def read_results(path: Path) -> GpuResults:
@@ -106,6 +108,17 @@ def outcome(part: PartResult) -> str:
     return part.status if part.reason is None else f"{part.status}: {part.reason}"
 
 
+def measured(figures: Sequence[Figure]) -> list[str]:
+    """Each figure as text, and in it the one that was planned, which goes by its name and ``PLANNED``."""
+    names = {figure.name for figure in figures}
+    planned = {figure.name: _number(figure.value) for figure in figures}
+    return [
+        f"{figure} (planned {planned[figure.name + PLANNED]})" if figure.name + PLANNED in names else str(figure)
+        for figure in figures
+        if not (figure.name.endswith(PLANNED) and figure.name.removesuffix(PLANNED) in names)
+    ]
+
+
 def markdown(documents: Sequence[GpuResults]) -> str:
     """A table for each GPU, or the sentence that there is none; raises MedcotError for a rehearsal."""
     if not documents:
@@ -123,7 +136,7 @@ def _table(document: GpuResults) -> str:
         f"{document.created[:10]}, {document.seconds:.0f} s in all"
     )
     rows = [
-        f"| {_cell(part.title)} | {_cell(outcome(part))} | {_cell('; '.join(map(str, part.figures)) or '-')} |"
+        f"| {_cell(part.title)} | {_cell(outcome(part))} | {_cell('; '.join(measured(part.figures)) or '-')} |"
         for part in document.parts
     ]
     return "\n".join([f"{head}:", "", "| part | outcome | measured |", "| --- | --- | --- |", *rows])

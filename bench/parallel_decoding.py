@@ -17,6 +17,7 @@ import numpy as np
 
 from export.gguf_model import GgufModel
 from pipeline.errors import MedcotError
+from pipeline.time_limit import NO_LIMIT, TimeLimit
 
 SLOTS = 16  # more gain nothing on a CPU and lengthen the wait for the first finished record
 CACHE_BYTES = 1_000_000_000  # for keys and values of all slots together
@@ -34,10 +35,15 @@ class _Sequence:
 
 
 def decode_greedily(
-    model: GgufModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, threads: int
+    model: GgufModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    threads: int,
+    limit: TimeLimit = NO_LIMIT,
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield ``(index of the prompt, new ids)`` as each ends; the end of turn is not among the ids.
 
+    Ends at ``limit``, between two tokens or two prompts; what is under way then is not yielded.
     Raises MedcotError when the context cannot be made or a batch not evaluated.
     """
     if not prompts:
@@ -51,6 +57,8 @@ def decode_greedily(
         while waiting or active:
             for slot in range(slots):
                 if slot not in active and waiting:
+                    if limit.is_up():
+                        return
                     index, prompt = waiting.popleft()
                     active[slot] = _Sequence(index, decoder.begin(slot, prompt), len(prompt))
             for slot, sequence in list(active.items()):
@@ -61,6 +69,8 @@ def decode_greedily(
                     decoder.forget(slot)
                     del active[slot]
                     yield sequence.index, sequence.new
+            if limit.is_up():
+                return
             decoder.advance(active)
     finally:
         decoder.close()

@@ -8,7 +8,8 @@ Models are evaluated side by side, a block of positions at a time, so no logits 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from bench.divergence import REFERENCE, Divergence, compare, summarize
 from pipeline.errors import MedcotError
 from pipeline.prompts import Example
 from pipeline.results import FileQuality, Measurement, Speed
+from pipeline.time_limit import TimeLimit
 
 # Below this a file is itself too far from the model to hold others against it (Q6_K has 6.6, Q8_0 8.5).
 _MIN_REFERENCE_BITS = 8.0
@@ -28,7 +30,10 @@ _KEPT_FREE = 0.1  # of the memory that is free, for keys, values and logits
 
 
 class QualityRequest(BaseModel):
-    """Compare ``models`` with ``reference`` on examples; longer ones than ``context_tokens`` are left out."""
+    """Compare ``models`` with ``reference`` on examples; longer ones than ``context_tokens`` are left out.
+
+    ``seconds`` limits the time, and so the number of examples, down to one; ``at_most`` limits that number.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     reference: Path
@@ -38,12 +43,15 @@ class QualityRequest(BaseModel):
     threads: int
     gpu_layers: int = 0
     system: str | None = None
+    seconds: float | None = None
+    at_most: int | None = None
 
 
 class Qualities(Measurement):
-    """The reference first."""
+    """The reference first; ``fitting`` is how many examples are not too long."""
 
     files: list[FileQuality]
+    fitting: int
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,7 @@ def candidates(files: Sequence[tuple[Path, Speed]]) -> Candidates:
     return Candidates(path, [other for other, _ in ordered[1:]], None)
 
 
-def measure_quality(request: QualityRequest) -> list[FileQuality]:
+def measure_quality(request: QualityRequest) -> Qualities:
     """In a child process; several files at once where memory takes them, else one after the other.
 
     Raises MedcotError, also where the reference and one file do not fit the memory together.
@@ -86,18 +94,24 @@ def measure_quality(request: QualityRequest) -> list[FileQuality]:
         )
     together = reference + sum(sizes.values()) < free
     groups = [request.models] if together else [[path] for path in request.models]
-    results: list[FileQuality] = []
+    seconds = None if request.seconds is None else request.seconds / len(groups)
+    results: Qualities | None = None
     for models in groups:
-        asked = request.model_copy(update={"models": models})
-        found = child.ask("bench.quality", asked, Qualities, f"Comparing with {request.reference.name}").files
-        results.extend(found if not results else found[1:])
+        # The first one's time says how many records all are compared on.
+        update = {"seconds": seconds} if results is None else {"seconds": None, "at_most": results.files[0].records}
+        asked = request.model_copy(update={"models": models, **update})
+        found = child.ask("bench.quality", asked, Qualities, f"Comparing with {request.reference.name}")
+        files = found.files if results is None else [*results.files, *found.files[1:]]
+        results = found.model_copy(update={"files": files})
+    assert results is not None
     return results
 
 
-def compare_files(request: QualityRequest) -> Qualities:
+def compare_files(request: QualityRequest, clock: Callable[[], float] = time.monotonic) -> Qualities:
     """The child's work."""
     from export.gguf_model import GgufModel
 
+    limit = TimeLimit.starting_now(None if request.seconds is None else request.seconds / 60, clock)
     with ExitStack() as stack:
 
         def opened(path: Path) -> GgufModel:
@@ -118,11 +132,18 @@ def compare_files(request: QualityRequest) -> Qualities:
         if not fitting:
             raise MedcotError(f"No held-out record fits {reference.n_ctx} tokens: give a larger context.")
         records: dict[str, list[_Record]] = {name: [] for name in (REFERENCE, *models)}
-        for prompt, thought, answer in fitting:
+        longest = 0.0
+        for number, (prompt, thought, answer) in enumerate(fitting[: request.at_most]):
+            if number and limit.is_up(longest):
+                break
+            started = clock()
             for name, found in compare(reference, models, [*prompt, *thought, *answer], len(prompt)).items():
                 records[name].append(_Record(found, len(thought)))
+            longest = max(longest, clock() - started)
     named = {request.reference.name: records.pop(REFERENCE), **records}
-    return Qualities(files=[_summary(name, request.reference.name, each) for name, each in named.items()])
+    return Qualities(
+        files=[_summary(name, request.reference.name, each) for name, each in named.items()], fitting=len(fitting)
+    )
 
 
 @dataclass(frozen=True)

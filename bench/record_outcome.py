@@ -1,4 +1,4 @@
-"""What one model did on one held-out record, and the file that keeps it, so that a break costs one record."""
+"""What one model did on one held-out record."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import Field
 
 from bench import engines
 from bench.engines import Engine
 from bench.held_out import HeldOutRecord
 from bench.multiple_choice import ChoiceOutcome, measure_choice
 from bench.text_metrics import bleu_counts, rouge
-from pipeline.artifacts import sha256_file, sha256_json, write_text
+from pipeline.artifacts import sha256_file, sha256_json
 from pipeline.base_model import base_identity
 from pipeline.loops import ending_cycle
-from pipeline.results import Measurement
+from pipeline.results import EngineName, Measurement
 from pipeline.thought import parse_output
 
 _FORMAT = 2  # raise when the same inputs give another outcome, so that older lines are measured again
@@ -29,14 +29,19 @@ class EvaluationSettings:
     engine: engines.Settings = field(default_factory=engines.Settings)
 
 
-class RecordOutcome(Measurement):
-    """A line of ``records-<model>.jsonl``; likelihoods in nats, summed; ``bleu_counts`` as in text_metrics."""
+class Likelihood(Measurement):
+    """Of a record's reference thought and answer given the prompt, in nats, summed."""
 
     key: str
     reasoning_nll: float
     reasoning_tokens: int
     answer_nll: float
     answer_tokens: int
+
+
+class RecordOutcome(Likelihood):
+    """A line of ``records-<model>.jsonl``; ``bleu_counts`` as in text_metrics, ``engine`` wrote the output."""
+
     output: str
     answer: str
     thought_tokens: int | None
@@ -50,35 +55,47 @@ class RecordOutcome(Measurement):
     rouge_l: float
     bleu_counts: list[int]
     choice: ChoiceOutcome | None = None
+    engine: EngineName = Field(default="llama.cpp", exclude_if=lambda engine: engine == "llama.cpp")
 
 
-def measure_record(
-    engine: Engine,
-    key: str,
-    record: HeldOutRecord,
-    new: Sequence[int],
-    max_new_tokens: int,
-    chosen: Sequence[int] | None = None,
-) -> RecordOutcome:
-    """Likelihood of the reference's thought and answer given the prompt; form and wording of its own output.
+class WrittenAnswer(Measurement):
+    """Token ids that transformers wrote for a record's question, and for the question with options where it has any."""
 
-    ``new`` is what the model wrote when asked the question, ``chosen`` when asked with the options.
-    """
-    chat_format, reference = engine.chat_format, record.example.answer
-    prompt, thought, answer = chat_format.encode_parts(record.example)
+    key: str
+    new: list[int]
+    chosen: list[int] | None
+
+
+def measure_likelihood(engine: Engine, key: str, record: HeldOutRecord) -> Likelihood:
+    prompt, thought, answer = engine.chat_format.encode_parts(record.example)
     log_probabilities = engine.token_log_probabilities([*prompt, *thought, *answer])
     # Value i belongs to id i + 1.
     of_thought = log_probabilities[len(prompt) - 1 : len(prompt) - 1 + len(thought)]
     of_answer = log_probabilities[len(prompt) - 1 + len(thought) :]
-    output = engine.text(new)
-    parsed = parse_output(output, chat_format.opens_thought)
-    scores = rouge(parsed.answer, reference)
-    return RecordOutcome(
+    return Likelihood(
         key=key,
         reasoning_nll=float(-of_thought.sum()),
         reasoning_tokens=len(thought),
         answer_nll=float(-of_answer.sum()),
         answer_tokens=len(answer),
+    )
+
+
+def measure_answer(
+    engine: Engine,
+    likelihood: Likelihood,
+    record: HeldOutRecord,
+    written: WrittenAnswer,
+    max_new_tokens: int,
+    written_by: EngineName,
+) -> RecordOutcome:
+    """Form and wording of what was written; ``engine`` is the evaluated model's, whoever wrote it."""
+    chat_format, reference, new = engine.chat_format, record.example.answer, written.new
+    output = engine.text(new)
+    parsed = parse_output(output, chat_format.opens_thought)
+    scores = rouge(parsed.answer, reference)
+    return RecordOutcome(
+        **likelihood.model_dump(),
         output=output,
         answer=parsed.answer,
         thought_tokens=len(chat_format.vocabulary.encode_text(parsed.thought, after_text=True))
@@ -93,13 +110,17 @@ def measure_record(
         rouge_2=scores.rouge_2,
         rouge_l=scores.rouge_l,
         bleu_counts=[int(count) for count in bleu_counts(parsed.answer, reference)],
-        choice=None if chosen is None else measure_choice(engine, record, chosen),
+        choice=None if written.chosen is None else measure_choice(engine, record, written.chosen),
+        engine=written_by,
     )
 
 
 def record_keys(path: Path, records: Sequence[HeldOutRecord], settings: EvaluationSettings) -> list[str]:
-    """Hashes of all that an outcome depends on, the record's place included: no stale line is taken up."""
-    engine = asdict(replace(settings.engine, threads=None))
+    """Hashes of all that an outcome depends on, the record's place included: no stale line is taken up.
+
+    The GPU is no part of them, as the threads are not: an evaluation continues, and is compared, on another machine.
+    """
+    engine = asdict(replace(settings.engine, threads=None, gpu_layers=0))
     shared = [_FORMAT, _model_identity(path), settings.max_new_tokens, engine]
     return [
         sha256_json(
@@ -125,23 +146,3 @@ def _model_identity(path: Path) -> object:
     if (path / engines.ADAPTER_CONFIG).is_file():
         identity.append(base_identity(str(engines.base_of_adapter(path)), None))
     return identity
-
-
-def records_path(out_dir: Path, model: Path) -> Path:
-    return out_dir / f"records-{model.name}.jsonl"
-
-
-def finished_records(path: Path, keys: set[str]) -> dict[str, RecordOutcome]:
-    """Outcomes of an interrupted evaluation; half-written lines and those of another one are removed."""
-    records: dict[str, RecordOutcome] = {}
-    if not path.is_file():
-        return records
-    for line in path.read_bytes().splitlines():
-        try:
-            record = RecordOutcome.model_validate_json(line)
-        except ValidationError:
-            continue
-        if record.key in keys:
-            records[record.key] = record
-    write_text(path, "".join(record.model_dump_json() + "\n" for record in records.values()))
-    return records

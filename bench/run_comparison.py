@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from bench.evaluation_summary import compare
+from bench.evaluation_summary import Measured, compare
 from bench.loss_chart import describe_losses, loss_curves
 from bench.page import Chart, Line, Page, Section, Table, Tone, byte_size, duration, percent
 from bench.record_outcome import RecordOutcome
@@ -69,7 +69,10 @@ class ComparedRun:
         prepared, exported, evaluated = stages
         if prepared is None or exported is None or evaluated is None or self.tuned is None:
             raise MedcotError(f"{self.name} has no finished evaluation")
-        stored = stored_outcomes(self.config, prepared.path, exported.path / self.tuned.model, evaluated.path)
+        gguf = exported.path / self.tuned.model
+        stored = stored_outcomes(self.config, prepared.path, gguf, evaluated.path, evaluated.result)
+        if not stored:
+            raise MedcotError(f"{self.name}'s evaluation ended before a record was answered")
         return [outcome for _, outcome in stored]
 
     @property
@@ -148,7 +151,9 @@ def _differences(runs: Sequence[ComparedRun]) -> tuple[list[Comparison], dict[st
         try:
             if other.held_out != first.held_out:
                 raise MedcotError(f"{first.name} was evaluated on other records or in another way")
-            differences += compare(other.name, other.outcomes, first.name, first.outcomes, first.config.seed)
+            common = min(len(other.outcomes), len(first.outcomes))  # a time limit may have ended one earlier
+            ours, theirs = (Measured(each.outcomes[:common], each.outcomes[:common]) for each in (other, first))
+            differences += compare(other.name, ours, first.name, theirs, first.config.seed)
         except MedcotError as error:
             not_compared[other.name] = str(error)
     return differences, not_compared

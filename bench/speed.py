@@ -9,7 +9,7 @@ exact of them (``bench/quality.py``).
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -27,7 +27,16 @@ from pipeline.config import BenchConfig, Config
 from pipeline.errors import MedcotError
 from pipeline.hardware import cpu_name, may_have_gpu, usable_cores
 from pipeline.prompts import Example
-from pipeline.results import AnswerLength, Benchmark, Evaluation, ExportedModels, FileQuality, Speed
+from pipeline.results import (
+    AnswerLength,
+    Benchmark,
+    BenchmarkEndedEarly,
+    Evaluation,
+    ExportedModels,
+    FileQuality,
+    Speed,
+)
+from pipeline.time_limit import TimeLimit
 
 # Without an evaluation: about the length of medical-o1-reasoning-SFT's reasoning and answers in Llama 3's tokens.
 ASSUMED_LENGTH = AnswerLength(thought_tokens=500, answer_tokens=400, source="assumed, nothing was evaluated")
@@ -40,14 +49,14 @@ def bench(config: Config, inputs: dict[str, Path], out_dir: Path) -> Benchmark:
 
     exported = Artifact.load(inputs["export"], ExportedModels)
     settings = config.bench
-    requests = [
-        _request(exported.path / file.name, settings, config.seed, config.prompt.system)
-        for file in exported.result.files
-    ]
+    files = exported.result.files
+    if settings.max_minutes is not None:  # what counts most first
+        files = sorted(files, key=lambda file: (file.name != exported.result.ship, file.role == "base"))
+    requests = [_request(exported.path / file.name, settings, config.seed, config.prompt.system) for file in files]
     if settings.transformers:
         requests.append(_transformers_request(config, inputs["train"]))
     evaluation = Artifact.load(inputs["evaluate"], Evaluation).result
-    tuned = {file.name for file in exported.result.files if file.role == "tuned"}
+    tuned = {file.name for file in files if file.role == "tuned"}
     return _measure_all(
         requests,
         settings,
@@ -93,7 +102,7 @@ def bench_models(
 def answer_length(evaluation: Evaluation, model: str) -> AnswerLength | None:
     """What the evaluated ``model`` wrote on average; None where it was not evaluated."""
     measured = next((each for each in evaluation.models if each.model == model), None)
-    if measured is None or measured.mean_new_tokens <= 0:
+    if measured is None or measured.finished is None or measured.mean_new_tokens <= 0:
         return None
     thought = measured.thought_tokens.value if measured.thought_tokens else 0.0
     return AnswerLength(
@@ -176,20 +185,35 @@ def _measure_all(
     context_tokens: int,
     answer_length: AnswerLength,
 ) -> Benchmark:
+    limit = TimeLimit.starting_now(settings.max_minutes)
     console = Console(stderr=True)
-    speeds = []
-    for number, request in enumerate(requests, start=1):
-        with console.status(f"bench {number}/{len(requests)}: {request.label}"):
-            speeds.append(probe(request))
+    speeds: list[Speed] = []
+    files: list[tuple[Path, Speed]] = []
+    left_out: list[str] = []
+    for number, request in enumerate(requests):
+        if speeds and limit.is_up():
+            left_out.append(request.label)
+            continue
+        # An equal part of what is left for this one, those after it and the comparison of quality.
+        seconds = limit.first(1 / (len(requests) - number + bool(held_out))).seconds_left
+        with console.status(f"bench {number + 1}/{len(requests)}: {request.label}"):
+            speed = probe(request.model_copy(update={"seconds": seconds}))
+        speeds.append(speed)
+        left_out += _left_out(request, speed)
+        if request.is_gguf and request.label in comparable:
+            files.append((request.path, speed))
     with console.status("bench: memory bandwidth"):
         bandwidth = measure_bandwidth(requests[0].threads)
-    files = [
-        (request.path, speed)
-        for request, speed in zip(requests, speeds, strict=True)
-        if request.is_gguf and request.label in comparable
-    ]
-    with console.status("bench: quality"):
-        quality, note = _quality(files, held_out, context_tokens, requests[0])
+    quality: list[FileQuality] = []
+    note: str | None
+    if held_out and limit.is_up():
+        note = f"not measured: bench.max_minutes={settings.max_minutes:g} left no time"
+        left_out.append("quality")
+    else:
+        with console.status("bench: quality"):
+            quality, note, not_reached = _quality(files, held_out, context_tokens, requests[0], limit.seconds_left)
+        if not_reached:
+            left_out.append(f"quality: {quality[0].records} of {quality[0].records + not_reached} records")
     benchmark = Benchmark(
         machine=machine_name(),
         threads=requests[0].threads,
@@ -201,21 +225,41 @@ def _measure_all(
         quality=quality,
         quality_note=note,
         recommendation=recommend(speeds, quality, settings.quality_budget, settings.memory_budget_gb),
+        ended_early=BenchmarkEndedEarly(minutes=limit.minutes, left_out=left_out)
+        if left_out and limit.minutes is not None
+        else None,
     )
     if out_dir is not None:
         write_json(out_dir / "benchmark.json", benchmark.model_dump(mode="json"))
     return benchmark
 
 
+def _left_out(request: ProbeRequest, speed: Speed) -> Iterator[str]:
+    """What the time limit has left out of one model's measurement."""
+    repeats = min(len(speed.time_to_first_token_seconds), *(len(test.tokens_per_second) for test in speed.tests))
+    if repeats < request.repeats:
+        yield f"{request.label}: {repeats} of {request.repeats} repeats"
+    missing = [depth for depth in request.depths if sum(test.depth == depth for test in speed.deeper) < 2]
+    if missing:
+        yield f"{request.label} with {', '.join(f'{depth:,}' for depth in missing)} tokens in the context"
+
+
 def _quality(
-    files: Sequence[tuple[Path, Speed]], held_out: Sequence[Example], context_tokens: int, like: ProbeRequest
-) -> tuple[list[FileQuality], str | None]:
-    """The comparison, or why there is none: speeds that were measured are not lost by it."""
+    files: Sequence[tuple[Path, Speed]],
+    held_out: Sequence[Example],
+    context_tokens: int,
+    like: ProbeRequest,
+    seconds: float | None,
+) -> tuple[list[FileQuality], str | None, int]:
+    """The comparison, or why there is none: speeds that were measured are not lost by it.
+
+    Last comes how many records the time, ``seconds``, did not suffice for.
+    """
     if not held_out:
-        return [], "not measured: no held-out records were named (--data FILE)"
+        return [], "not measured: no held-out records were named (--data FILE)", 0
     chosen = candidates(files)
     if chosen.reference is None:
-        return [], f"not measured: {chosen.note}"
+        return [], f"not measured: {chosen.note}", 0
     request = QualityRequest(
         reference=chosen.reference,
         models=chosen.others,
@@ -224,13 +268,15 @@ def _quality(
         threads=like.threads,
         gpu_layers=like.gpu_layers,
         system=like.system,
+        seconds=seconds,
     )
     try:
-        quality = measure_quality(request)
+        found = measure_quality(request)
     except MedcotError as error:
-        return [], f"not measured: {error}"
-    left_out = len(held_out) - quality[0].records
-    return quality, f"{left_out} records are longer than {context_tokens} tokens" if left_out else None
+        return [], f"not measured: {error}", 0
+    too_long = len(held_out) - found.fitting
+    note = f"{too_long} records are longer than {context_tokens} tokens" if too_long else None
+    return found.files, note, found.fitting - found.files[0].records
 
 
 def machine_name() -> str:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -26,6 +26,7 @@ from pipeline.config import KvType
 from pipeline.errors import MedcotError
 from pipeline.memory import peak_memory_bytes
 from pipeline.results import Energy, LlamaCppSettings, Speed, SpeedTest
+from pipeline.time_limit import TimeLimit
 
 # A question of ordinary length, so that the time to the first token is that of a person's first turn.
 QUESTION = (
@@ -35,11 +36,15 @@ QUESTION = (
 
 
 Kind = Literal["prompt", "generation"]
+Measured = TypeVar("Measured")
 _LEAST_CONTEXT = 512  # room for the question and the beginning of its answer
 
 
 class ProbeRequest(BaseModel):
-    """What to measure; ``label`` is the name the result carries, ``depths`` are those beyond 0."""
+    """What to measure; ``label`` is the name the result carries, ``depths`` are those beyond 0.
+
+    ``seconds`` limits the time: then there may be fewer repeats, down to one, and no other depth than 0.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     label: str
@@ -58,6 +63,7 @@ class ProbeRequest(BaseModel):
     system: str | None = None
     dtype: engines.Dtype = "auto"
     load_in_4bit: bool = False
+    seconds: float | None = None
 
     @property
     def is_gguf(self) -> bool:
@@ -75,13 +81,14 @@ class ProbeRequest(BaseModel):
         return self.context_tokens or needed
 
 
-def measure(request: ProbeRequest) -> Speed:
+def measure(request: ProbeRequest, clock: Callable[[], float] = time.monotonic) -> Speed:
     """Speeds by llama-bench's conventions: random ids, one warm-up, then ``repeats`` values of each.
 
     Prompt speed is that of ``prompt_tokens`` ids evaluated together, generation speed that of ``generated_tokens``
     ids evaluated one by one, sampling excluded, both behind each depth. What a person waits for is timed with real
     answers to one question. Loading excludes importing the library.
     """
+    limit = TimeLimit.starting_now(None if request.seconds is None else request.seconds / 60, clock)
     _import_library(request)
     open_engine = _opener(request)
     weights = weights_of(request.path) if request.is_gguf else None
@@ -90,10 +97,14 @@ def measure(request: ProbeRequest) -> Speed:
     started = time.perf_counter()
     with open_engine() as engine:
         load_seconds = time.perf_counter() - started
-        bench = _Tests(request, engine)
+        bench = _Tests(request, engine, limit)
         bench.warm_up()
-        prompt, generation, *deeper = bench.speeds()
-        answers = bench.answers()
+        prompt, generation = bench.speed("prompt", 0, share=1 / 3), bench.speed("generation", 0, share=1 / 2)
+        if limit.is_set:
+            # What a person waits comes before other depths, which may be left out.
+            answers, deeper = bench.answers(share=2 / 3), bench.deeper()
+        else:
+            deeper, answers = bench.deeper(), bench.answers()
         return Speed(
             model=request.label,
             engine=engine.name,
@@ -123,41 +134,66 @@ def measure(request: ProbeRequest) -> Speed:
 class _Tests:
     """The measurements of one loaded model; ids are drawn anew for each, the same in every run."""
 
-    def __init__(self, request: ProbeRequest, engine: engines.Engine) -> None:
+    def __init__(self, request: ProbeRequest, engine: engines.Engine, limit: TimeLimit) -> None:
         self._request = request
         self._engine = engine
+        self._limit = limit
         self._random = np.random.default_rng(request.seed)
 
     def warm_up(self) -> None:
         self._engine.prompt_seconds(self._ids(self._request.prompt_tokens), 1)
         self._engine.decode_seconds(self._ids(1), 1)
 
-    def speeds(self) -> list[SpeedTest]:
-        """Prompt and generation at depth 0, then at each other depth."""
+    def deeper(self) -> list[SpeedTest]:
+        """Prompt and generation at each other depth than 0, as far as the time allows."""
         kinds: tuple[Kind, ...] = ("prompt", "generation")
-        return [self._speed(kind, depth) for depth in (0, *self._request.depths) for kind in kinds]
+        tests = [(kind, depth) for depth in self._request.depths for kind in kinds]
+        return [
+            self.speed(kind, depth, share=1 / (len(tests) - number))
+            for number, (kind, depth) in enumerate(tests)
+            if not self._limit.is_up()
+        ]
 
-    def _speed(self, kind: Kind, depth: int) -> SpeedTest:
+    def speed(self, kind: Kind, depth: int, share: float) -> SpeedTest:
+        """``share`` of the time that is left is this test's, where there is a limit."""
         if kind == "prompt":
             tokens, timed = self._request.prompt_tokens, self._engine.prompt_seconds
         else:
             tokens, timed = self._request.generated_tokens, self._engine.decode_seconds
-        seconds = timed(self._ids(tokens), self._request.repeats, self._ids(depth))
+        ids, before = self._ids(tokens), self._ids(depth)
+        if self._limit.is_set:
+            seconds = self._as_often_as_time_allows(lambda _: timed(ids, 1, before)[0], share)
+        else:
+            seconds = timed(ids, self._request.repeats, before)
         return SpeedTest(kind=kind, tokens=tokens, depth=depth, tokens_per_second=[tokens / each for each in seconds])
 
-    def answers(self) -> list[list[float]]:
+    def answers(self, share: float = 1.0) -> list[list[float]]:
         """Per repeat the seconds from the question to each token of an answer, each answer from another seed."""
         question = self._engine.chat_format.question_ids(QUESTION)
         room = max(self._request.generated_tokens, 2)  # two tokens have one time between them
-        return [
-            self._engine.answer_times(question, room, self._request.seed + repeat)
-            for repeat in range(self._request.repeats)
-        ]
+        return self._as_often_as_time_allows(
+            lambda repeat: self._engine.answer_times(question, room, self._request.seed + repeat), share
+        )
+
+    def _as_often_as_time_allows(self, measured: Callable[[int], Measured], share: float) -> list[Measured]:
+        """All repeats, or as many as end in this share of the time that is left; at least one."""
+        limit = self._limit.first(share)
+        found: list[Measured] = []
+        longest = 0.0
+        for repeat in range(self._request.repeats):
+            if found and limit.is_up(longest):
+                break
+            started = limit.clock()
+            found.append(measured(repeat))
+            longest = max(longest, limit.clock() - started)
+        return found
 
     def energy(self) -> Energy:
         meter = energy_meter(on_gpu=self._engine.on_gpu)
         if meter.joules is None:
             return Energy(joules_per_token=None, source=meter.source)
+        if self._limit.is_up():
+            return Energy(joules_per_token=None, source="not measured: bench.max_minutes left no time")
         ids = self._ids(self._request.generated_tokens)
         joules = meter.of(partial(self._engine.decode_seconds, ids, self._request.repeats))
         if joules is None:

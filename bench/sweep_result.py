@@ -83,7 +83,9 @@ class _Finished:
         self.exported = load("export", ExportedModels)
         evaluated = load("evaluate", Evaluation)
         shipped = self.exported.path / self.exported.result.ship
-        self.records = _scored_records(config, self.prepared.path, shipped, evaluated.path)
+        self.records = _scored_records(config, self.prepared.path, shipped, evaluated)
+        if not self.records:
+            raise MedcotError("its evaluation ended before a record was answered: raise evaluation.max_minutes")
         self.parts = {measure.key: measured(measure, self.records) for measure in MEASURES}
         held_out = next(record for record in self.prepared.manifest.files if record.path == EVAL_FILE)
         # Records that are paired must be the same: their content, and how many of them.
@@ -186,7 +188,7 @@ def _best(rows: Sequence[ExperimentRow], comparable: Sequence[str]) -> dict[Meas
     return best
 
 
-def _scored_records(config: Config, data: Path, model: Path, evaluation: Path) -> list[ScoredRecord]:
+def _scored_records(config: Config, data: Path, model: Path, evaluated: Artifact[Evaluation]) -> list[ScoredRecord]:
     """The evaluated records in order, with the answer that follows the thought."""
     return [
         ScoredRecord(
@@ -195,5 +197,5 @@ def _scored_records(config: Config, data: Path, model: Path, evaluation: Path) -
             answer=outcome.answer,
             reference=record.example.answer,
         )
-        for record, outcome in stored_outcomes(config, data, model, evaluation)
+        for record, outcome in stored_outcomes(config, data, model, evaluated.path, evaluated.result)
     ]

@@ -1,6 +1,7 @@
 """Prove, in a process of its own, that a GGUF loads, tokenizes and decodes a token.
 
-    python -m chat.proof FILE.gguf
+    python -m chat.proof FILE.gguf            on the CPU
+    python -m chat.proof FILE.gguf --gpu      with all layers on the GPU
 
 libllama ends the whole process on some files (a vocabulary of a wrong type aborts the first ``tokenize``),
 and a build for another CPU dies on its first instruction. A child that dies becomes one sentence here.
@@ -161,12 +162,14 @@ def _remember(key: str, proof: Proof) -> None:
         write_text(_cache_file(), known.model_dump_json(indent=2) + "\n")
 
 
-def _try_model(path: Path) -> Proof:
+def _try_model(path: Path, on_gpu: bool = False) -> Proof:
     import numpy as np
 
-    from export.gguf_model import GgufModel
+    from export.gguf_model import GgufModel, supports_gpu
 
-    with GgufModel(path, n_ctx=512, n_batch=64) as model:
+    if on_gpu and not supports_gpu():
+        raise MedcotError("this llama-cpp-python finds no GPU: it was built without CUDA, or the driver is too old.")
+    with GgufModel(path, n_ctx=512, n_batch=64, n_gpu_layers=-1 if on_gpu else 0) as model:
         ids = model.chat_format.question_ids(PROBE)
         model.text(ids)
         if not np.isfinite(next(model.logits(ids[-1:]))).all():
@@ -178,7 +181,7 @@ def _try_model(path: Path) -> Proof:
 def main() -> None:
     """The child: one JSON line on standard output, exit status 0 or 1."""
     try:
-        outcome = _Outcome(proof=_try_model(Path(sys.argv[1])))
+        outcome = _Outcome(proof=_try_model(Path(sys.argv[1]), on_gpu=sys.argv[2:] == ["--gpu"]))
     except MedcotError as error:
         outcome = _Outcome(error=str(error))
     print(json.dumps(outcome.model_dump()), flush=True)

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 STAGE = click.Choice(["prepare", "train", "export", "verify", "evaluate", "bench", "report"])
 EXISTING_GGUF = click.Path(path_type=Path)
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+# Set-up may still be compiling it.
+_USES_LLAMA_CPP = frozenset({"export", "verify", "evaluate", "bench", "chat", "serve", "space"})
+_ON_GPU = frozenset({"evaluate", "bench"})
 
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one setting; may be repeated."
@@ -40,6 +43,11 @@ def cli(debug: bool) -> None:
     """
     if debug:
         os.environ["MEDCOT_DEBUG"] = "1"
+    command = click.get_current_context().invoked_subcommand
+    if command in _USES_LLAMA_CPP and not {"-h", "--help"} & set(sys.argv):
+        from pipeline.llama_background import wait_for_build
+
+        wait_for_build(command in _ON_GPU, lambda text: click.echo(text, err=True))
 
 
 @cli.command()
@@ -328,6 +336,10 @@ def verify(gguf: Path, base: str, adapter: Path | None, as_json: bool) -> None:
     "--gate", "gates", multiple=True, metavar="METRIC=CONDITION",
     help="Exit 3 unless the metric is better, not worse (than the base), or within '>= NUMBER'; may be repeated.",
 )  # fmt: skip
+@click.option(
+    "--max-minutes", type=click.FloatRange(min=0, min_open=True),
+    help="End in time with the records measured by then; continues with the rest once it is raised.",
+)  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the records, to go on after a break.")
 @json_option
 def evaluate(
@@ -337,6 +349,7 @@ def evaluate(
     max_new_tokens: int,
     choice_rows: int | None,
     gates: tuple[str, ...],
+    max_minutes: float | None,
     out: Path | None,
     as_json: bool,
 ) -> None:
@@ -363,7 +376,14 @@ def evaluate(
     from bench.gates import raise_if_failed
 
     result = evaluate_files(
-        models, data, rows=rows, max_new_tokens=max_new_tokens, choice_rows=choice_rows, gates=wanted, out_dir=out
+        models,
+        data,
+        rows=rows,
+        max_new_tokens=max_new_tokens,
+        choice_rows=choice_rows,
+        gates=wanted,
+        out_dir=out,
+        max_minutes=max_minutes,
     )
     if as_json:
         _print_json(result.model_dump(mode="json"))
@@ -398,6 +418,10 @@ def evaluate(
 @click.option(
     "--memory-gb", type=click.FloatRange(min=0, min_open=True), help="Memory budget (1e9 bytes) [default: 8]."
 )
+@click.option(
+    "--max-minutes", type=click.FloatRange(min=0, min_open=True),
+    help="End in time: fewer repeats of each file, then without transformers and the comparison of quality.",
+)  # fmt: skip
 @json_option
 def bench(
     models: tuple[Path, ...],
@@ -415,6 +439,7 @@ def bench(
     max_kl: float | None,
     min_top1: float | None,
     memory_gb: float | None,
+    max_minutes: float | None,
     as_json: bool,
 ) -> None:
     """Measure models on this machine: speed, memory, loading, and what quantization cost; recommend a file.
@@ -441,6 +466,7 @@ def bench(
         "kv_type": kv_type,
         "flash_attention": flash_attention,
         "gpu_layers": gpu_layers,
+        "max_minutes": max_minutes,
         "quality_budget": {key: value for key, value in budget.items() if value is not None},
         **({} if memory_gb is None else {"memory_budget_gb": memory_gb}),
     }

@@ -204,6 +204,16 @@ class EvaluationConfig(Section):
     choice_rows: int | None = Field(
         None, ge=0, description="Of those with options, how many to ask as multiple choice too; null: all."
     )
+    max_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="End in time with the records measured by then; continues with the rest once it is raised.",
+    )
+    engine: Literal["auto", "llama.cpp", "transformers"] = Field(
+        "auto",
+        description="What writes the answers: the GGUFs under llama.cpp, or base and adapter under transformers; auto: "
+        "transformers where there is a GPU that the installed llama.cpp cannot use.",
+    )
     gates: dict[str, str] = Field(
         {},
         description="Metric -> better, not worse (than the base), '>= NUMBER' or '<= NUMBER'; a run whose evaluation "
@@ -244,6 +254,11 @@ class BenchConfig(Section):
     gpu_layers: int = Field(0, ge=-1, description="Layers on the GPU where llama.cpp has one; -1 all.")
     quality_records: int = Field(8, ge=0, description="Held-out records to compare the GGUFs on; 0: do not.")
     quality_budget: QualityBudget = Field(default_factory=lambda: QualityBudget.model_validate({}))
+    max_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="End in time: fewer repeats of each file, then without transformers and the comparison of quality.",
+    )
     memory_budget_gb: float | None = Field(
         8.0, gt=0, description="A recommended file's process stays below this (1e9 bytes). Null: no limit."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
@@ -12,9 +13,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from pipeline import platforms
+from pipeline import llama_background, platforms
 from pipeline.cache import cache_dir
 from pipeline.hardware import GIBIBYTE, Hardware, compute_dtype, detect, has_kernels
+from pipeline.llama_install import has_cuda
 from pipeline.platforms import Platform
 
 TRAINING_PACKAGES = ("torch", "unsloth", "transformers", "trl", "peft", "bitsandbytes", "datasets", "gguf")
@@ -23,9 +25,10 @@ _LLAMA_PROBE = (
     "import llama_cpp; llama_cpp.llama_backend_init(); print(llama_cpp.llama_supports_gpu_offload());"
     "print(llama_cpp.llama_print_system_info().decode())"
 )
+_ROOT = Path(__file__).resolve().parent.parent
 _LLAMA_AGAIN = (
     "pip install --no-deps --force-reinstall --no-cache-dir $(grep ^llama_cpp_python== "
-    f"{Path(__file__).resolve().parent.parent / 'requirements-cpu.txt'})"
+    f"{_ROOT / 'requirements-cpu.txt'})"
 )
 _SECONDS_TO_ANSWER = 3
 # scripts/setup.sh keeps the PyTorch that is there; a bare pip install may not.
@@ -54,7 +57,10 @@ def examine() -> list[Finding]:
     beside_torch = platform.service is not None or bool(hardware.gpu_names)
     training_fix = _BESIDE_TORCH if beside_torch else "pip install --no-deps -r requirements-cpu.txt"
     chat_fix = _BESIDE_TORCH if beside_torch else "pip install -r requirements-chat.txt"
-    llama = _llama_cpp(hardware)
+    to_come = llama_background.state()
+    awaited = to_come is not None and to_come.failed is None and importlib.util.find_spec("llama_cpp") is None
+    llama = [] if awaited else [_llama_cpp(hardware, to_come)]
+    chat_packages = [name for name in CHAT_PACKAGES if not (awaited and name == "llama-cpp-python")]
     return [
         Finding(name="platform", value=f"{platform.name}, Python {sys.version.split()[0]}"),
         *_session(platform),
@@ -70,9 +76,10 @@ def examine() -> list[Finding]:
         _hub(platform),
         _hub_token(),
         *(_package(name, training_fix) for name in TRAINING_PACKAGES),
-        *(_package(name, chat_fix) for name in CHAT_PACKAGES),
-        _compiler(built=llama.problem is None),
-        llama,
+        *(_package(name, chat_fix) for name in chat_packages),
+        _compiler(built=not any(finding.problem for finding in llama)),
+        *llama,
+        *_background_build(to_come),
     ]
 
 
@@ -227,7 +234,22 @@ def _compiler(built: bool) -> Finding:
     return Finding(name="compiler", value=value, problem=missing, fix="apt-get install -y gcc g++")
 
 
-def _llama_cpp(hardware: Hardware) -> Finding:
+def _background_build(state: llama_background.State | None) -> list[Finding]:
+    """What set-up compiles in the background on a GPU machine, while it is not installed."""
+    if state is None:
+        return []
+    done = f"{state.done[0]} of {state.done[1]} objects; " if state.done else ""
+    value = f"{state.title}: {done}log {state.log}"
+    if state.failed:
+        return [Finding(name="llama.cpp to come", value=value, hint=state.failed, fix=llama_background.START_AGAIN)]
+    if not state.running and not state.built:
+        hint = "nothing compiles it now; medcot run starts it again where it is needed"
+        return [Finding(name="llama.cpp to come", value=value, hint=hint, fix=llama_background.START_AGAIN)]
+    how = "compiled, installed when it is needed" if state.built else "being compiled"
+    return [Finding(name="llama.cpp to come", value=f"{how}: {value}")]
+
+
+def _llama_cpp(hardware: Hardware, to_come: llama_background.State | None = None) -> Finding:
     """Whether the compiled library loads on this processor, asked in a child process: a wrong build kills it."""
     outcome = subprocess.run([sys.executable, "-c", _LLAMA_PROBE], capture_output=True, text=True, check=False)
     if outcome.returncode != 0:
@@ -235,14 +257,16 @@ def _llama_cpp(hardware: Hardware) -> Finding:
             name="llama.cpp build",
             value="-",
             problem=f"llama-cpp-python does not load (exit status {outcome.returncode})",
-            fix=_LLAMA_AGAIN,
+            fix=llama_background.START_AGAIN if hardware.gpu_names or to_come else _LLAMA_AGAIN,
         )
     offloads, _, system = outcome.stdout.partition("\n")
     on_gpu = offloads == "True"
-    hint = "GGUFs run on the CPU beside this GPU" if hardware.gpu_names and not on_gpu else None
+    unused = hardware.gpu_names and not on_gpu and to_come is None
     return Finding(
         name="llama.cpp build",
-        value=f"{'with' if on_gpu else 'without'} GPU offload; {system.strip().rstrip('| ')}",
-        hint=hint,
-        fix=f'CMAKE_ARGS="-DGGML_CUDA=on -DLLAVA_BUILD=OFF" {_LLAMA_AGAIN}' if hint else None,
+        value=f"{'CUDA' if has_cuda() else 'GPU' if on_gpu else 'CPU'} build, "
+        f"{'with' if on_gpu else 'without'} GPU offload; "
+        f"{system.strip().rstrip('| ')}",
+        hint="GGUFs run on the CPU next to this GPU" if unused else None,
+        fix=llama_background.START_AGAIN if unused else None,
     )

@@ -1,9 +1,10 @@
-"""One process at a time; the lock goes with the process, however it ends."""
+"""One process at a time, or one that writes or several that read; the lock goes with the process, however it ends."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+from contextlib import suppress
 from typing import IO, Any
 
 
@@ -17,3 +18,10 @@ def try_lock(file: IO[Any] | int) -> bool:
     except OSError as error:
         return error.errno not in (errno.EAGAIN, errno.EACCES)
     return True
+
+
+def lock(file: IO[Any] | int, *, shared: bool = False) -> None:
+    """Wait for the lock and hold it until the file is closed; several may share it, while nobody has it alone."""
+    # On a file system without locks nobody waits.
+    with suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)

@@ -1,8 +1,9 @@
 """Where medcot runs: Kaggle, Colab or a machine of one's own, and what follows from it.
 
-    python3 pipeline/platforms.py           the service's name, or nothing on a machine of one's own
-    python3 pipeline/platforms.py check     a note when the service lends no GPU; exit 1 and one sentence when its
-                                            package index is out of reach
+    python3 pipeline/platforms.py               the service's name, or nothing on a machine of one's own
+    python3 pipeline/platforms.py environment   what tells this Python environment from others
+    python3 pipeline/platforms.py check         a note when the service lends no GPU; exit 1 and one sentence when its
+                                                package index is out of reach
 
 The one place that knows these services' folders and limits; both change them without notice. Standard library alone,
 and nothing of ours: scripts/setup.sh asks it before anything is installed.
@@ -64,8 +65,9 @@ class Platform:
 
     ``runs`` holds a folder for each run and ``persistence`` says what becomes of it; ``kept`` is where copies outlive
     the machine (None: nowhere, or no need), ``to_keep`` what to do where nothing would be kept; ``scratch`` is where
-    downloads and temporary files go (None: where they always go). A ``service`` brings its own PyTorch: packages go
-    beside that, into no virtual environment.
+    downloads and temporary files go (None: where they always go). ``wheels`` is where what set-up has compiled outlives
+    the machine, if anywhere, and ``attached`` what the user has brought into this session. A ``service`` brings its own
+    PyTorch: packages go next to that, into no virtual environment.
     """
 
     name: str
@@ -75,6 +77,8 @@ class Platform:
     kept: Path | None = None
     to_keep: str | None = None
     scratch: Path | None = None
+    wheels: Path | None = None
+    attached: Path | None = None
 
 
 def detect(environ: Mapping[str, str], root: Path = Path("/")) -> Platform:
@@ -94,6 +98,19 @@ def detect(environ: Mapping[str, str], root: Path = Path("/")) -> Platform:
 
 def here() -> Platform:
     return detect(os.environ)
+
+
+def environment_id() -> str:
+    """Tells Python environments apart, also one that was made anew in the place of another.
+
+    What set-up has installed is in one environment, and what it notes about it must hold for no other.
+    """
+    import hashlib  # here, because every command imports this module
+    import sysconfig
+
+    packages = Path(sysconfig.get_path("purelib"))
+    made = packages.stat().st_ino if packages.is_dir() else 0
+    return hashlib.sha256(f"{sys.prefix} {sys.version} {packages} {made}".encode()).hexdigest()[:12]
 
 
 def service_named(name: str) -> Service | None:
@@ -154,6 +171,8 @@ def _kaggle(environ: Mapping[str, str], root: Path) -> Platform:
         persistence="kept as the output of Save Version; of an interactive session only with Settings, Persistence, "
         "Files only",
         scratch=temp if writable else root / "tmp/medcot",
+        wheels=root / "kaggle/working/wheels",
+        attached=root / "kaggle/input",
     )
 
 
@@ -166,6 +185,7 @@ def _colab(environ: Mapping[str, str], root: Path) -> Platform:
         runs=Path(environ.get("MEDCOT_RUNS") or root / "content/runs"),
         persistence="lost with the machine" + (f", but copied to {drive / 'medcot'} on the way" if mounted else ""),
         kept=drive / "medcot" if mounted else None,
+        wheels=drive / "medcot/wheels" if mounted else None,
         to_keep=None if mounted else _MOUNT_DRIVE,
     )
 
@@ -193,6 +213,9 @@ def why_no_index(platform: Platform, environ: Mapping[str, str]) -> str | None:
 
 def main(arguments: list[str]) -> int:
     platform = here()
+    if arguments == ["environment"]:
+        print(environment_id())
+        return 0
     if arguments == ["check"]:
         if platform.service and not driver_answers():
             print(f"setup: {no_gpu_sentence(os.environ)}: {platform.service.gpu_setting}", file=sys.stderr)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.metrics import MetricKey
 
+EngineName = Literal["llama.cpp", "transformers"]
 Verdict = Literal["better", "worse", "higher", "lower", "no difference shown", "too few records"]
 
 
@@ -197,11 +198,18 @@ class ModelEvaluation(Measurement):
 
     model: str
     role: Literal["tuned", "base"]
+    engine: EngineName = Field(
+        default="llama.cpp",
+        description="What wrote the answers: llama.cpp from the file, or base and adapter under transformers. A GGUF's "
+        "likelihoods are always llama.cpp's.",
+    )
     answer_perplexity: Estimate = Field(description="Token-weighted, given the reference reasoning.")
     reasoning_perplexity: Estimate | None = Field(description="Token-weighted; None without reasoning.")
-    well_formed: Estimate = Field(description="Exactly one closed thought, then a non-empty answer.")
-    finished: Estimate = Field(description="The model ended its turn itself: not truncated.")
-    mean_new_tokens: float
+    well_formed: Estimate | None = Field(
+        description="Exactly one closed thought, then a non-empty answer; None where the time limit left no answers."
+    )
+    finished: Estimate | None = Field(description="The model ended its turn itself: not truncated.")
+    mean_new_tokens: float = Field(description="0 where the time limit left no answers.")
     perplexity: Estimate | None = Field(default=None, description="Of reasoning and answer; token-weighted.")
     rouge_1: Estimate | None = Field(default=None, description="Mean F-measure of single words, 0 to 1.")
     rouge_2: Estimate | None = Field(default=None, description="Mean F-measure of pairs of words, 0 to 1.")
@@ -266,6 +274,25 @@ class Sample(Measurement):
     heading: str = ""
 
 
+class EvaluationEndedEarly(Measurement):
+    """What every model was measured on when the time limit ended the evaluation: the first so many records."""
+
+    minutes: float = Field(description="evaluation.max_minutes")
+    records: int = Field(description="Held-out records that were to be measured.")
+    scored: int = Field(description="The first records, whose likelihood every model has.")
+    answered: int = Field(description="The first records that every model has answered.")
+
+    @property
+    def sentence(self) -> str:
+        if self.answered == self.records:
+            what = "before the reference questions were answered"
+        elif self.scored == self.records:
+            what = f"after {self.answered:,} of {self.records:,} records; likelihoods are those of all {self.records:,}"
+        else:
+            what = f"after {self.answered:,} of {self.records:,} records; likelihoods are those of {self.scored:,}"
+        return f"Ended {what}: evaluation.max_minutes={self.minutes:g}."
+
+
 class Evaluation(Measurement):
     """``comparisons`` are of every tuned model with the base."""
 
@@ -274,6 +301,10 @@ class Evaluation(Measurement):
     comparisons: list[Comparison] = []
     gates: list[GateOutcome] = []
     bleu_signature: str | None = Field(default=None, description="How BLEU-4 was computed, as sacrebleu writes it.")
+    engine_reason: str | None = Field(default=None, description="Why this engine wrote the answers, where one chose.")
+    ended_early: EvaluationEndedEarly | None = Field(
+        default=None, description="Where evaluation.max_minutes ended it; every figure is of the records measured."
+    )
 
 
 class SpeedTest(Measurement):
@@ -331,7 +362,7 @@ class Speed(Measurement):
     """One model on this machine; every list holds one value per repeat (inter-token latencies: per token)."""
 
     model: str
-    engine: Literal["llama.cpp", "transformers"]
+    engine: EngineName
     weights: str = Field(description="ggml type or dtype.")
     file_bytes: int | None
     load_seconds: float = Field(description="The file being in the page cache; importing the library excluded.")
@@ -425,6 +456,17 @@ class MemoryBandwidth(Measurement):
         return max(self.bytes_per_second)
 
 
+class BenchmarkEndedEarly(Measurement):
+    """What the time limit left out of a benchmark."""
+
+    minutes: float = Field(description="bench.max_minutes")
+    left_out: list[str] = Field(description="Such as 'quality' or 'tiny-Q8_0.gguf: 3 of 5 repeats'.")
+
+    @property
+    def sentence(self) -> str:
+        return f"Ended early, bench.max_minutes={self.minutes:g}; left out: {'; '.join(self.left_out)}."
+
+
 class Benchmark(Measurement):
     machine: str
     threads: int
@@ -436,6 +478,7 @@ class Benchmark(Measurement):
     quality: list[FileQuality] = Field(default=[], description="The reference first.")
     quality_note: str | None = Field(default=None, description="Why there is no quality, or what to know of it.")
     recommendation: Recommendation | None = None
+    ended_early: BenchmarkEndedEarly | None = Field(default=None, description="Where bench.max_minutes ended it.")
 
     def roofline_share(self, speed: Speed) -> float | None:
         """Weights read a second over what the memory delivers: above 1 where a cache holds them; None on a GPU."""

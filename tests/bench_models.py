@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from tiny_models import save_adapter, save_model
 
 from bench.engines import EngineName
 from pipeline.prompts import ChatFormat
+from pipeline.time_limit import NO_LIMIT, TimeLimit
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -31,6 +33,16 @@ class ByteVocabulary:
         return list(text.encode())
 
 
+@dataclass
+class Clock:
+    """Seconds, moved on by whoever works."""
+
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 class FakeEngine:
     """Gives every token the log-probability -0.5 and writes the same output for every prompt."""
 
@@ -46,7 +58,11 @@ class FakeEngine:
         output: str = "<think>\nbecause\n</think>\n\nso",
         log_probability: float = -0.5,
         likely_letter: str = "B",
+        clock: Clock | None = None,
     ) -> None:
+        self.clock = clock or Clock()
+        self.seconds_an_answer = 60.0
+        self.seconds_a_likelihood = 0.0
         self.chat_format = ChatFormat(CHATML, ByteVocabulary())
         self.asked: list[str] = []
         self.scored: list[str] = []
@@ -55,6 +71,7 @@ class FakeEngine:
         self._log_probability = log_probability
 
     def token_log_probabilities(self, ids: Sequence[int]) -> npt.NDArray[np.float64]:
+        self.clock.now += self.seconds_a_likelihood
         return np.full(len(ids) - 1, self._log_probability)
 
     def next_log_probabilities(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
@@ -68,21 +85,33 @@ class FakeEngine:
         self.asked.append(bytes(token for token in ids if token < 256).decode())
         return list(self._output.encode())[:max_new_tokens]
 
-    def generate_many(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[tuple[int, list[int]]]:
+    def generate_many(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, limit: TimeLimit = NO_LIMIT
+    ) -> Iterator[tuple[int, list[int]]]:
+        """One after the other; an answer takes ``seconds_an_answer`` on ``clock`` and is cut off by the limit."""
         for index, prompt in enumerate(prompts):
-            yield index, self.generate(prompt, max_new_tokens)
+            if limit.is_up():
+                return
+            written = self.generate(prompt, max_new_tokens)
+            self.clock.now += self.seconds_an_answer
+            if not limit.is_up():
+                yield index, written
 
     def text(self, ids: Sequence[int]) -> str:
         return bytes(ids).decode()
 
     def prompt_seconds(self, ids: Sequence[int], repeats: int, before: Sequence[int] = ()) -> list[float]:
+        self.clock.now += 0.5 * repeats
         return [0.5] * repeats
 
     def decode_seconds(self, ids: Sequence[int], repeats: int, before: Sequence[int] = ()) -> list[float]:
+        self.clock.now += 2.0 * repeats
         return [2.0] * repeats
 
     def answer_times(self, prompt: Sequence[int], max_new_tokens: int, seed: int) -> list[float]:
-        return [0.5 + 0.25 * token for token in range(max_new_tokens)]
+        times = [0.5 + 0.25 * token for token in range(max_new_tokens)]
+        self.clock.now += times[-1]
+        return times
 
     def close(self) -> None:
         pass

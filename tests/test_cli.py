@@ -7,6 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+
+from pipeline import llama_background
+from pipeline.cli import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ["run", "plan", "sweep", "export", "verify", "evaluate", "bench", "chat", "serve", "space", "doctor"]
@@ -32,6 +36,17 @@ def test_help_is_fast() -> None:
     """A third of a second on a quiet machine is the contract; the best of five keeps other load out of it."""
     best = min(_timed("--help") for _ in range(5))
     assert best < 0.3 * max(1.0, _timed_python() / 0.03)
+
+
+def test_commands_that_use_llama_cpp_wait_for_the_build_that_set_up_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[bool] = []
+    monkeypatch.setattr(llama_background, "wait_for_build", lambda on_gpu, announce: waited.append(on_gpu))
+    for arguments in (["verify"], ["chat"], ["evaluate"], ["report"], ["doctor", "--no-such"]):
+        assert CliRunner().invoke(cli, arguments).exit_code != 0  # usage errors: the commands themselves do not begin
+    assert waited == [False, False, True]
+    monkeypatch.setattr(sys, "argv", ["medcot", "chat", "--help"])
+    CliRunner().invoke(cli, ["chat", "--help"])
+    assert len(waited) == 3
 
 
 def _timed(*arguments: str) -> float:

@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from pipeline import doctor, platforms
 from pipeline.hardware import has_kernels
+from pipeline.llama_background import State
 from pipeline.machines import MACHINES
 from pipeline.platforms import detect
 
@@ -143,6 +145,32 @@ def test_without_compiler_only_what_is_still_to_be_built_is_a_problem(monkeypatc
     finding = doctor._compiler(built=False)
     assert finding.problem is not None and finding.fix == "apt-get install -y gcc g++"
     assert doctor._compiler(built=True).problem is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "hint"),
+    [
+        ({"running": True}, None),
+        ({"built": True}, None),
+        ({}, "nothing compiles it now; medcot run starts it again where it is needed"),
+        ({"failed": "nvcc fatal: no; log: /l"}, "nvcc fatal: no; log: /l"),
+    ],
+    ids=["compiling", "built", "ended", "failed"],
+)
+def test_the_build_in_the_background_is_told_with_what_mends_it(changes: dict[str, Any], hint: str | None) -> None:
+    state = State("llama-cpp-python 0.3.36 with CUDA 12.8", False, False, (57, 212), None, Path("/l"))
+    [finding] = doctor._background_build(replace(state, **changes))
+    assert "with CUDA 12.8: 57 of 212 objects; log /l" in finding.value
+    assert finding.hint == hint and finding.problem is None
+    assert finding.fix is None if hint is None else "pipeline.llama_background start" in str(finding.fix)
+    assert doctor._background_build(None) == []
+
+
+def test_the_installed_build_is_told_and_next_to_an_idle_gpu_how_to_have_another() -> None:
+    at_rest = doctor._llama_cpp(replace(MACHINES["kaggle-t4"], gpu_names=()))
+    assert at_rest.value.startswith("CPU build, without GPU offload") and at_rest.hint is None
+    idle = doctor._llama_cpp(MACHINES["kaggle-t4"])
+    assert idle.hint == "GGUFs run on the CPU next to this GPU" and "llama_background start" in str(idle.fix)
 
 
 def test_on_kaggle_the_whole_examination_is_one_document(tmp_path: Path) -> None:

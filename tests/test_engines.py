@@ -4,6 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bench_models import make_adapter, make_tiny_model
+from random_checkpoint import configuration, save_base
+from random_checkpoint import save_tokenizer as save_random_tokenizer
 
 from bench import engines
 from export.export import export_models
@@ -200,3 +202,12 @@ def test_usable_cores_is_at_least_one_and_at_most_all() -> None:
     import os
 
     assert 1 <= usable_cores() <= (os.cpu_count() or 1)
+
+
+def test_a_base_that_is_stored_in_4_bit_is_read_as_it_is_stored(tmp_path: Path) -> None:
+    save_base(tmp_path, configuration(1, hidden=512, vocabulary=512), nf4=True)
+    save_random_tokenizer(tmp_path, 512)
+    with engines.open_engine(tmp_path, engines.Settings(threads=1)) as engine:
+        ids = engine.chat_format.question_ids("Why?")
+        assert len(engine.generate(ids, 4)) == 4
+        assert np.isfinite(engine.token_log_probabilities(ids)).all()

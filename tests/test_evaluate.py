@@ -12,7 +12,7 @@ from bench.evaluation_display import print_evaluation
 from bench.evaluation_processes import evaluate_one
 from bench.gates import raise_if_failed
 from bench.held_out import REFERENCE_QUESTIONS, HeldOutRecord, read_records
-from bench.record_outcome import EvaluationSettings, measure_record, record_keys
+from bench.record_outcome import EvaluationSettings, measure_likelihood, record_keys
 from export.export import export_models
 from pipeline.artifacts import Manifest, write_manifest
 from pipeline.config import Config
@@ -43,8 +43,9 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeEngine]:
     monkeypatch.setattr(engines, "open_engine", lambda path, settings: fakes[path.name])
 
     # Fakes live in this process, so the models are evaluated here, one after the other.
-    def in_this_process(paths, records, out_dir, settings):  # type: ignore[no-untyped-def]
-        return {path.name: evaluate_one(path, records, out_dir, settings) for path in paths}
+    def in_this_process(tasks, roles, trained):  # type: ignore[no-untyped-def]
+        for task in tasks:
+            evaluate_one(task, range(len(task.records)))
 
     monkeypatch.setattr(evaluate, "evaluate_side_by_side", in_this_process)
     return fakes
@@ -76,7 +77,7 @@ def test_likelihoods_are_read_at_the_right_positions(
     prompt, thought, answer = fake.chat_format.encode_parts(EXAMPLES[1])
     values = [-1000.0] * (len(prompt) - 1) + [-1.0] * len(thought) + [-2.0] * len(answer)
     monkeypatch.setattr(fake, "token_log_probabilities", lambda ids: np.array(values))
-    outcome = measure_record(fake, "key", RECORDS[1], [1, 2], 60)
+    outcome = measure_likelihood(fake, "key", RECORDS[1])
     assert (outcome.reasoning_nll, outcome.reasoning_tokens) == (len(thought), len(thought))
     assert (outcome.answer_nll, outcome.answer_tokens) == (2.0 * len(answer), len(answer))
 

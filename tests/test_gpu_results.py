@@ -17,6 +17,7 @@ from bench.gpu_results import (
     Status,
     file_name,
     markdown,
+    measured,
     put_between_markers,
     read_results,
 )
@@ -65,6 +66,16 @@ def test_the_table_names_the_gpu_the_outcomes_and_the_figures() -> None:
     ]
 
 
+def test_a_planned_figure_stands_in_the_measured_one() -> None:
+    figures = [
+        Figure(name="train", value=61, unit="s"),
+        Figure(name="train, planned", value=27.4, unit="s"),
+        Figure(name="report, planned", value=2, unit="s"),
+        Figure(name="batch", value=8),
+    ]
+    assert measured(figures) == ["train 61 s (planned 27.4)", "report, planned 2 s", "batch 8"]
+
+
 def test_without_a_result_the_table_says_that_it_has_not_run() -> None:
     assert markdown([]) == NOT_RUN
 
@@ -91,6 +102,7 @@ def test_the_exit_status_tells_whether_a_check_failed(statuses: list[Status], st
 def test_a_document_is_read_back_and_another_refused(tmp_path: Path) -> None:
     path = tmp_path / file_name(MACHINE)
     assert path.name == "nvidia-h100-80gb-hbm3.json"
+    assert file_name(MACHINE, ["eight_b"]) == "nvidia-h100-80gb-hbm3-eight-b.json"
     written = document(part(checks=(Check(name="c", passed=True, detail="d"),)))
     path.write_text(written.model_dump_json())
     assert read_results(path) == written

@@ -2,17 +2,16 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
-import packages
 import pytest
-from llama_build import Build, why_not
 from machine import parse_gpu
-from schedule import PARTS, Part, Suite, missing_for
+from part_list import PARTS, Part, least_seconds, missing_for, most_important
+from schedule import Setting, Suite
 
 from bench.gpu_results import PartResult, markdown, read_results
 from pipeline.errors import MedcotError
@@ -27,7 +26,8 @@ FAKES = {
     "dies": "import os; print('last words'); os.kill(os.getpid(), 11)",
     "hangs": (
         "import subprocess; recorder.figure('speed', 3); "
-        "subprocess.run(['sh', '-c', 'echo $$ > ' + str(recorder.request.work / 'pid') + '; sleep 600'])"
+        "command = 'echo $$ > ' + str(recorder.request.work / 'pid') + '; sleep 600'; "
+        "subprocess.run(['sh', '-c', command], process_group=0)"
     ),
     "checks nothing": "pass",
 }
@@ -56,8 +56,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, PartRe
     path = os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = f"{folder}:{path}"
     try:
-        suite = Suite(parts, folder / "work", 200.0, False, None, lambda results: told.append(len(results)))
-        results = suite.run()
+        setting = Setting(folder / "work", folder / "out", seconds=200.0)
+        results = Suite(parts, setting, lambda results: told.append(len(results))).run()
     finally:
         os.environ["PYTHONPATH"] = path
     assert [result.part for result in results] == [part.name for part in parts]
@@ -120,19 +120,68 @@ def test_a_part_waits_for_what_it_prepares(tmp_path: Path, monkeypatch: pytest.M
     prepared = fake(tmp_path, "prepared", PREPARED, "lambda request: (request.work / 'made').write_text('yes')")
     part = Part(**{**prepared.__dict__, "alone": True, "prepares": True})
     (tmp_path / "work").mkdir()
-    results = Suite([part], tmp_path / "work", 60.0, False, None, lambda results: None).run()
+    results = Suite([part], Setting(tmp_path / "work", tmp_path, seconds=60.0), lambda results: None).run()
     assert [(result.status, result.reason) for result in results] == [("passed", None)]
 
 
-def test_a_part_for_which_too_little_time_is_left_is_not_begun(tmp_path: Path) -> None:
-    part = Part("late", "late", seconds=60, least=40, needs=())
-    results = Suite([part], tmp_path, 30.0, False, None, lambda results: None).run()
-    assert results[0].status == "skipped" and results[0].reason is not None
-    assert re.fullmatch(r"2\d s were left, and it needs 40", results[0].reason)
+def test_the_least_important_is_left_out_when_time_is_short_and_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "work").mkdir()
+    vital = fake(tmp_path, "passes", FAKES["passes"])
+    parts = [
+        Part(**{**vital.__dict__, "name": "dear", "least": 200, "importance": 2, "alone": True}),
+        Part(**{**vital.__dict__, "least": 20, "importance": 1, "alone": True}),
+        Part(**{**vital.__dict__, "name": "cheap", "least": 10, "importance": 3, "alone": True}),
+    ]
+    results = Suite(parts, Setting(tmp_path / "work", tmp_path, seconds=120.0), lambda results: None).run()
+    assert [(result.part, result.status) for result in results] == [
+        ("dear", "skipped"),
+        ("passes", "passed"),
+        ("cheap", "passed"),
+    ]
+    assert results[0].reason is not None
+    left, _, how = results[0].reason.partition(" s were left, ")
+    assert how == "and it needs 200 next to the 30 s of other parts; --only dear runs it by itself"
+    assert 110 <= float(left) < 120
+
+
+def test_what_runs_together_takes_as_long_as_the_gpus_memory_makes_it() -> None:
+    parts = [Part(name, name, 60, 40, (), gpu_gb=15) for name in "abcd"]
+    assert least_seconds(parts, None) == 40
+    assert least_seconds(parts, 141 * 10**9) == 40
+    assert least_seconds(parts, 15 * 10**9) == 160
+    assert [part.name for part in most_important(parts, 100, 15 * 10**9)] == ["a", "b"]
+
+
+@pytest.mark.broad
+@pytest.mark.parametrize(("gpu_gb", "at_once"), [(40, 2), (16, 1)])
+def test_parts_wait_for_each_other_where_the_gpus_memory_holds_too_few(
+    gpu_gb: int, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "work").mkdir()
+    body = (
+        "import time; at = recorder.request.work / recorder.request.part; at.touch(); time.sleep(3); "
+        "others = len(list(recorder.request.work.glob('p?'))); at.unlink(); recorder.figure('at once', others); "
+        "recorder.check('c', True, 'fine')"
+    )
+    part = fake(tmp_path, "waits", body)
+    parts = [Part(**{**part.__dict__, "name": name, "gpu_gb": 15.0}) for name in ("p1", "p2")]
+    setting = Setting(tmp_path / "work", tmp_path, seconds=100.0, gpu_bytes=gpu_gb * 10**9)
+    results = Suite(parts, setting, lambda results: None).run()
+    assert [result.status for result in results] == ["passed", "passed"]
+    assert max(figure.value for result in results for figure in result.figures) == at_once
 
 
 def test_the_parts_fit_into_nine_minutes_and_find_their_packages_here() -> None:
-    assert sum(part.least for part in PARTS if part.alone) + max(part.least for part in PARTS) < 530
+    default = [part for part in PARTS if not part.asked]
+    assert most_important(default, 525, 141 * 10**9) == sorted(default, key=lambda part: part.importance)
+    assert [part.name for part in PARTS if part.asked] == ["build", "eight_b"]
+    importances = [part.importance for part in default]
+    assert sorted(importances) == list(range(1, len(default) + 1))
+    assert max(part.seconds for part in PARTS if part.asked) < 600
     assert {part.name: missing_for(part, rehearse=False) for part in PARTS} == {part.name: [] for part in PARTS}
 
 
@@ -171,66 +220,16 @@ def test_a_rehearsal_runs_and_is_no_result_of_a_gpu(tmp_path: Path) -> None:
     done = run_suite("--rehearse", *only, "--out", str(tmp_path))
     log = (tmp_path / "log.txt").read_text()
     assert done.returncode == 0, done.stderr + log[-6000:]
-    results = read_results(tmp_path / "rehearsal.json")
+    results = read_results(tmp_path / "rehearsal-agreement-training-gguf.json")
     assert json.loads(done.stdout) == results.model_dump(mode="json")
     assert [(part.part, part.status) for part in results.parts] == [(part, "passed") for part in parts]
     figures = {figure.name: figure.value for part in results.parts for figure in part.figures}
     assert min(figures["medcot, 128 tokens"], figures["TRL + PEFT, 128 tokens"]) > 0
     assert "medcot over TRL + PEFT, 128 tokens" in figures
     checks = {check.name for part in results.parts for check in part.checks}
-    assert "mean loss over all steps" in checks
+    assert {"mean loss over all steps", "the CPU's logits", "medcot evaluate"} <= checks
+    with tarfile.open(tmp_path / "measurements.tar.gz") as archive:
+        assert {"pip-freeze.txt", "nvidia-smi.txt", "parts/gguf/result.json"} <= set(archive.getnames())
     assert "8B in NF4, training speed" in done.stderr
     with pytest.raises(MedcotError, match="rehearsal"):
         markdown([results])
-
-
-def test_a_build_needs_a_compiler_and_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert why_not(None) == "there is no nvcc"
-    (tmp_path / "nvcc").write_text("#!/bin/sh\n")
-    (tmp_path / "nvcc").chmod(0o755)
-    assert why_not(None) == "no source distribution of llama-cpp-python was given (--llama-source)"
-    assert why_not(tmp_path / "absent.tar.gz") == f"{tmp_path / 'absent.tar.gz'} is no file"
-    assert why_not(tmp_path / "nvcc") is None
-
-
-@pytest.mark.broad
-@pytest.mark.parametrize(("code", "works"), [("", True), ("raise SystemExit('no compiler')", False)])
-def test_a_build_is_there_whole_or_not_at_all(tmp_path: Path, code: str, works: bool) -> None:
-    """A small package in llama-cpp-python's place, installed by the same command."""
-    source, target = tmp_path / "source", tmp_path / "built"
-    source.mkdir()
-    (source / "setup.py").write_text(
-        f"{code}\nfrom setuptools import setup\nsetup(name='small', py_modules=['small'])\n"
-    )
-    (source / "small.py").write_text("import os\nARGUMENTS = ''\n")
-    reason = Build(source, target, "9.0").wait()
-    if works:
-        assert reason is None and (target / "small.py").is_file()
-    else:
-        assert reason and not target.exists()
-
-
-def test_packages_are_cut_into_pieces_and_put_together_again(tmp_path: Path) -> None:
-    site, out = tmp_path / "site", tmp_path / "out"
-    site.mkdir()
-    packages.copy_distribution("bitsandbytes", site, "130")
-    assert (site / "bitsandbytes" / "libbitsandbytes_cuda130.so").is_file()
-    libraries = sorted(path.name for path in site.rglob("libbitsandbytes_*.so"))
-    assert libraries == ["libbitsandbytes_cpu.so", "libbitsandbytes_cuda130.so"]
-    content = os.urandom(100_000)
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "random").write_bytes(content)
-    archive = tmp_path / "a.tar.gz"
-    subprocess.run(["tar", "czf", archive, "-C", tmp_path / "in", "."], check=True)
-    pieces = packages.cut(archive, out, 40_000)
-    assert [piece.parent.name for piece in pieces] == ["00", "01", "02"]
-    packages.unpack(tmp_path / "there", pieces[::-1])
-    assert (tmp_path / "there" / "random").read_bytes() == content
-    with pytest.raises(SystemExit, match=r"packages\.01-of-03 is missing"):
-        packages.unpack(tmp_path / "there", [pieces[0], pieces[2]])
-
-
-def test_what_is_compiled_for_this_python_is_not_copied(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="compiled for this Python"):
-        packages.copy_distribution("pydantic_core", tmp_path, "130")

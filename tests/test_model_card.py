@@ -19,7 +19,14 @@ from bench.report import CARD_NAME, report
 from bench.run_folder import STAGES
 from pipeline.artifacts import read_manifest, write_manifest
 from pipeline.config import Config
-from pipeline.results import ExportedModels, FileComparison, PreparedData, TrainedAdapter, Verification
+from pipeline.results import (
+    EvaluationEndedEarly,
+    ExportedModels,
+    FileComparison,
+    PreparedData,
+    TrainedAdapter,
+    Verification,
+)
 
 PARTS = [
     "Files",
@@ -253,3 +260,13 @@ def test_models_without_a_pair_are_shown_one_by_one(tmp_path: Path) -> None:
     })  # fmt: skip
     card = card_of(tmp_path, results)
     assert "run-Q4_K_M.gguf Perplexity of the reference answer 6.10" in card.text
+
+
+def test_the_card_names_the_engine_and_an_early_end(tmp_path: Path) -> None:
+    results = measurements()
+    models = [model.model_copy(update={"engine": "transformers"}) for model in results["evaluate"].models]
+    ended = EvaluationEndedEarly(minutes=40, records=30, scored=30, answered=12)
+    results["evaluate"] = results["evaluate"].model_copy(update={"models": models, "ended_early": ended})
+    text = " ".join(card_of(tmp_path, results).text.split())
+    assert "Answers were written under transformers, by base and adapter" in text
+    assert "Ended after 12 of 30 records" in text

@@ -50,12 +50,13 @@ def test_colab_with_drive_runs_on_its_own_disk_and_copies_to_drive(colab_root: P
     found = detect({}, colab_root)
     assert found.runs == colab_root / "content/runs"
     assert found.kept == colab_root / "content/drive/MyDrive/medcot" and found.to_keep is None
+    assert found.wheels == found.kept / "wheels"
 
 
 def test_a_machine_of_ones_own_keeps_its_runs_beside_the_project(tmp_path: Path) -> None:
     found = detect({}, tmp_path)
     assert found.service is None and found.runs == Path("runs")
-    assert found.kept is None and found.scratch is None and found.to_keep is None
+    assert found.kept is None and found.scratch is None and found.to_keep is None and found.wheels is None
 
 
 @pytest.mark.parametrize("environ", [{}, KAGGLES, COLABS])
@@ -123,3 +124,16 @@ def test_every_service_has_a_machine_to_plan_for() -> None:
 
     assert {machine.platform for machine in MACHINES.values()} == {KAGGLE.name, COLAB.name}
     assert platforms.service_named("Linux x86_64") is None and platforms.service_named("Kaggle") is KAGGLE
+
+
+def test_environments_are_told_apart_also_one_made_anew_in_the_same_place(tmp_path: Path) -> None:
+    def identity(name: str) -> str:
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / name], check=True)
+        command = [tmp_path / name / "bin/python", "-I", ROOT / "pipeline/platforms.py", "environment"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    first = identity("a")
+    assert identity("a") == first  # as it is
+    assert identity("b") != first
+    (tmp_path / "a").rename(tmp_path / "old")
+    assert identity("a") != first

@@ -28,6 +28,7 @@ from pipeline.results import (
     Energy,
     Estimate,
     Evaluation,
+    EvaluationEndedEarly,
     ExportedFile,
     ExportedModels,
     FileComparison,
@@ -582,3 +583,22 @@ def test_matplotlib_waits_until_something_is_drawn() -> None:
 
 def document(config: Config, run: Run) -> RunReport:
     return run_report(config, run, report.build_page(config, run))
+
+
+def test_an_evaluation_that_ended_early_or_was_answered_by_another_engine_is_told_first(tmp_path: Path) -> None:
+    results = measurements()
+    evaluation = results["evaluate"]
+    assert isinstance(evaluation, Evaluation)
+    models = [model.model_copy(update={"engine": "transformers"}) for model in evaluation.models]
+    ended = EvaluationEndedEarly(minutes=40, records=30, scored=30, answered=12)
+    reason = "there is a GPU, and the installed llama.cpp cannot use it"
+    results["evaluate"] = evaluation.model_copy(
+        update={"models": models, "ended_early": ended, "engine_reason": reason}
+    )
+    text = told(tmp_path, results)
+    decision = text[: text.index("Base against tuned")]
+    engine = f"Answers were written under transformers, by base and adapter and by the base alone ({reason})"
+    early = "Ended after 12 of 30 records; likelihoods are those of all 30: evaluation.max_minutes=40."
+    for sentence in (engine, early):
+        assert sentence in decision and sentence in text[len(decision) :]
+    assert "Answers were written under" not in told(tmp_path / "usual", measurements()).split("Base against tuned")[0]

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from pipeline.artifacts import read_manifest
 from pipeline.config import Config, load_config
 from pipeline.errors import MedcotError
 from pipeline.failure import read_failure
+from pipeline.processes import with_our_packages
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +89,49 @@ def test_a_lost_file_is_made_again(finished: tuple[Config, Path], monkeypatch: p
 def test_a_stage_without_its_inputs_says_which(finished: tuple[Config, Path]) -> None:
     with pytest.raises(MedcotError, match="verify needs the artifact of train"):
         driver.run(*finished, only="verify")
+
+
+def test_what_needs_llama_cpp_waits_for_the_build_that_set_up_has_begun(
+    finished: tuple[Config, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[object] = []
+
+    @contextmanager
+    def in_use(on_gpu: bool, announce: object) -> Iterator[None]:
+        happened.append("in use, on the GPU" if on_gpu else "in use")
+        yield
+        happened.append("released")
+
+    monkeypatch.setattr(driver.llama_background, "wait_for_build", lambda on_gpu, _: happened.append(on_gpu))
+    monkeypatch.setattr(driver.llama_background, "llama_cpp", in_use)
+    monkeypatch.setattr(driver, "_run_in_process", lambda stage, _: happened.append(stage.name))
+    driver.run(*finished, until="prepare")
+    assert happened == []
+    # Before anything is said of its inputs: the installed version is among what a stage's output depends on.
+    with pytest.raises(MedcotError, match="verify needs the artifact of train"):
+        driver.run(*finished, only="verify")
+    assert happened == [False]
+    for name in ("export", "evaluate", "train"):
+        with pytest.raises(MedcotError, match="ended without writing"):
+            driver._make(driver.stage_named(name), driver._State("x", None, None), tmp_path, False, lambda text: None)
+    assert happened[1:] == ["in use", "export", "released", "in use, on the GPU", "evaluate", "released", "train"]
+
+
+@pytest.mark.broad  # a process that imports everything the plan needs
+def test_the_plan_and_the_data_need_no_llama_cpp(base: Path, tmp_path: Path) -> None:
+    """On a GPU machine it is still being compiled then."""
+    (tmp_path / "llama_cpp").mkdir()
+    (tmp_path / "llama_cpp/__init__.py").write_text("raise ImportError('still being compiled')\n")
+    environ = with_our_packages()
+    environ["PYTHONPATH"] = f"{tmp_path}:{environ['PYTHONPATH']}"
+    settings = (f"model.base={base}", "data.eval_rows=10", "name=tiny")
+    overrides = [*(f"--set={each}" for each in settings), "--run-dir", str(tmp_path / "run")]
+    for command in (["plan"], ["run", "--until", "prepare"]):
+        outcome = subprocess.run(
+            [sys.executable, "-m", "pipeline.cli", *command, *overrides],
+            env=environ, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert outcome.returncode == 0, outcome.stderr
 
 
 def test_files_of_others_are_not_touched(base: Path, tmp_path: Path) -> None:

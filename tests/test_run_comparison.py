@@ -12,8 +12,9 @@ from test_report import TUNED, Page, measurements
 from test_run_folder import fail, make_run
 
 from bench.evaluate import stage_records, stage_settings
+from bench.kept_records import records_path
 from bench.page import render
-from bench.record_outcome import RecordOutcome, record_keys, records_path
+from bench.record_outcome import RecordOutcome, record_keys
 from bench.report_command import report_runs
 from bench.run_comparison import ComparisonReport, comparison, differing_settings, open_runs
 from pipeline.config import Config

@@ -14,8 +14,9 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from bench.engines import LlamaCppEngine, Settings, TransformersEngine
 from bench.evaluation_processes import evaluate_one
+from bench.evaluation_task import EvaluationTask
 from bench.held_out import HeldOutRecord
-from bench.record_outcome import EvaluationSettings
+from bench.record_outcome import EvaluationSettings, record_keys
 from bench.speed_probe import ProbeRequest, measure
 from chat import proof
 from export.export import export_models
@@ -138,7 +139,9 @@ def test_a_swapped_template_is_found_wherever_the_file_is_used(
         proof.prove(swapped)
     settings = EvaluationSettings(max_new_tokens=4, engine=Settings(context_tokens=256, threads=1))
     with pytest.raises(MedcotError, match=told):
-        evaluate_one(swapped, [HeldOutRecord(example) for example in EXAMPLES], tmp_path, settings)
+        records = [HeldOutRecord(example) for example in EXAMPLES]
+        keys = record_keys(swapped, records, settings)
+        evaluate_one(EvaluationTask(swapped, records, keys, tmp_path, settings), range(len(records)))
     request = ProbeRequest(label="x", path=swapped, threads=1, prompt_tokens=8, generated_tokens=4, repeats=1)
     with pytest.raises(MedcotError, match=told):  # bench
         measure(request)

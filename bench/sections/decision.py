@@ -7,7 +7,16 @@ from collections.abc import Iterator
 
 from bench.page import Line, byte_size, percent
 from bench.run_folder import Run
-from bench.sections.evaluation import by_role, comparison_of, show, show_verdict, tone_of, tuned_model, value_of
+from bench.sections.evaluation import (
+    by_role,
+    comparison_of,
+    conditions,
+    show,
+    show_verdict,
+    tone_of,
+    tuned_model,
+    value_of,
+)
 from bench.sections.speed import seconds
 from pipeline.metrics import METRIC_BY_KEY, MetricKey
 from pipeline.results import Benchmark, Evaluation, ExportedFile, ExportedModels, Speed, TrainedAdapter, Verification
@@ -100,6 +109,9 @@ def _tuned_against_base(evaluation: Evaluation | None, exported: ExportedModels 
         metric, comparison = METRIC_BY_KEY[key], comparison_of(evaluation, tuned.model, key)
         numbers = f"{show(metric, ours)} against {show(metric, theirs)} of the base"
         yield Line(f"{metric.name}: {show_verdict(comparison)}, {numbers}.", tone_of(comparison))
+    if tuned.engine != "llama.cpp" or evaluation.ended_early is not None:
+        for sentence in conditions(evaluation):
+            yield Line(sentence)
 
 
 def _speed(benchmark: Benchmark | None, shipped: ExportedFile | None) -> Iterator[Line]:

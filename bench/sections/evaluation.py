@@ -29,11 +29,28 @@ def evaluation_section(evaluation: Evaluation | None) -> Section | None:
     gates = _gates_table(evaluation)
     tables = [table for model in tuned if base for table in _comparison(evaluation, base, model, _OTHER_KEYS)]
     if not tables:
-        return Section("Evaluation", tables=(*gates, *_values(evaluation, _OTHER_KEYS)))
+        return Section("Evaluation", tuple(conditions(evaluation)), tables=(*gates, *_values(evaluation, _OTHER_KEYS)))
     text = "Held-out records, greedy decoding; answers are compared with the reference answer, without the thought."
     if evaluation.bleu_signature is not None:
         text += f" BLEU as sacrebleu has it: {evaluation.bleu_signature}."
-    return Section(COMPARISON_TITLE, (text,), (*gates, *tables))
+    return Section(COMPARISON_TITLE, (text, *conditions(evaluation)), (*gates, *tables))
+
+
+def conditions(evaluation: Evaluation) -> list[str]:
+    """What wrote the answers, and what a time limit left out, as sentences."""
+    ended_early = [] if evaluation.ended_early is None else [evaluation.ended_early.sentence]
+    if evaluation.ended_early is not None and evaluation.ended_early.answered == 0:
+        return ended_early
+    because = "" if evaluation.engine_reason is None else f" ({evaluation.engine_reason})"
+    if any(model.engine == "transformers" and model.model.endswith(".gguf") for model in evaluation.models):
+        told = [
+            f"Answers were written under transformers, by base and adapter and by the base alone{because}; the GGUFs' "
+            "likelihoods are measured under llama.cpp."
+        ]
+    else:
+        names = " and ".join(sorted({model.engine for model in evaluation.models}))
+        told = [f"Answers were written under {names}{because}."]
+    return told + ended_early
 
 
 def choice_section(evaluation: Evaluation | None) -> Section | None:

@@ -20,7 +20,8 @@ def speed_section(benchmark: Benchmark | None) -> Section | None:
         return Section(TITLE, (f"{benchmark.machine}: no model was measured.",))
     tables = (_pace_table(benchmark), _waiting_table(benchmark), _memory_table(benchmark))
     notes = dict.fromkeys(f"{speed.model}: {note}" for speed in benchmark.models for note in speed.notes)
-    text = (_machine(benchmark), *_settings(benchmark.models), *notes)
+    ended_early = [] if benchmark.ended_early is None else [benchmark.ended_early.sentence]
+    text = (_machine(benchmark), *_settings(benchmark.models), *notes, *ended_early)
     return Section(TITLE, text, tables, (Chart(lambda: _speed_chart(benchmark.models), _describe(benchmark.models)),))
 
 
@@ -73,11 +74,12 @@ def _pace_table(benchmark: Benchmark) -> Table:
         return tuple(cells)
 
     header = ["Model", "Engine", *names]
-    repeats = len(benchmark.models[0].prompt_tokens_per_second)
+    repeats = max(len(speed.prompt_tokens_per_second) for speed in benchmark.models)
+    up_to = "" if benchmark.ended_early is None else "up to "
     note = (
         "Tokens a second, mean ± standard deviation as llama-bench has it: pp reads a prompt of so many tokens at "
         "once, tg writes so many one by one; @ d: with so many in the context already. Sampling is excluded. "
-        f"{repeats} repeats after a warm-up, each model in a process of its own."
+        f"{up_to}{repeats} repeats after a warm-up, each model in a process of its own."
     )
     if any(shares):
         header.append("Share of bandwidth")
@@ -89,6 +91,7 @@ def _pace_table(benchmark: Benchmark) -> Table:
 
 def _waiting_table(benchmark: Benchmark) -> Table:
     length = benchmark.answer_length
+    up_to = "" if benchmark.ended_early is None else "up to "
     between_known = any(speed.inter_token_seconds for speed in benchmark.models)
 
     def row(speed: Speed) -> tuple[str, ...]:
@@ -102,7 +105,7 @@ def _waiting_table(benchmark: Benchmark) -> Table:
     header = ["Model", "First token: half", "99 %"]
     note = (
         "So long or less half of the time, and in 99 of 100 cases. First token: a question of ordinary length, nothing "
-        f"cached, asked {len(benchmark.models[0].time_to_first_token_seconds)} times."
+        f"cached, asked {up_to}{max(len(speed.time_to_first_token_seconds) for speed in benchmark.models)} times."
     )
     if between_known:
         header += ["Between tokens: half", "90 %", "99 %"]

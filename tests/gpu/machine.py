@@ -15,12 +15,6 @@ ROOT = Path(__file__).resolve().parents[2]
 _GPU_FIELDS = "name,memory.total,driver_version,compute_cap"
 
 
-def compute_capability() -> str | None:
-    """Of the first GPU, for example 9.0."""
-    gpu = _first_gpu()
-    return gpu[3] if gpu else None
-
-
 def _first_gpu() -> list[str] | None:
     return parse_gpu(nvidia_smi(f"--query-gpu={_GPU_FIELDS}", "--format=csv,noheader,nounits") or "")
 

@@ -8,6 +8,9 @@ Each piece lies in a folder of its own, for machines to which only so much goes 
 holds libraries that any Python can load, is copied from this environment; what was compiled for one version of Python
 is fetched for the other's. llama-cpp-python's libraries were compiled for this processor: the other one has to have
 its instructions. The source distribution is put beside the packages, for a CUDA build there.
+
+The wheel of such a build, which ``run.sh --only build`` leaves in pieces in $OUT/llama-cuda, is unpacked by the same
+command, into the folder that is then named by --llama-built.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -103,6 +107,11 @@ def unpack(site: Path, pieces: Sequence[Path]) -> None:
         for name in names:
             with found[name].open("rb") as stream:
                 shutil.copyfileobj(stream, joined)
+        joined.seek(0)
+        if zipfile.is_zipfile(joined):  # a wheel
+            with zipfile.ZipFile(joined) as wheel:
+                wheel.extractall(site)
+            return
         joined.seek(0)
         with tarfile.open(fileobj=joined, mode="r:gz") as tar:
             tar.extractall(site, filter="data")

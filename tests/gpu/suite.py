@@ -17,12 +17,15 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from gpu_watch import GpuWatch
+from kept import keep
 from machine import commit_of_this_tree, this_machine
+from part_list import PARTS
 from rich.console import Console
 from rich.table import Table
-from schedule import PARTS, Suite
+from schedule import Setting, Suite
 
-from bench.gpu_results import SCHEMA_VERSION, GpuResults, PartResult, file_name, outcome
+from bench.gpu_results import SCHEMA_VERSION, GpuResults, PartResult, file_name, measured, outcome
 from pipeline.artifacts import package_versions, write_text
 from pipeline.errors import MedcotError
 from pipeline.hardware import hide_gpu
@@ -38,7 +41,7 @@ _VERSIONS = (
 def print_table(results: GpuResults) -> None:
     table = Table("part", "outcome", "seconds", "measured")
     for part in results.parts:
-        table.add_row(part.title, outcome(part), f"{part.seconds:.0f}", "\n".join(map(str, part.figures)))
+        table.add_row(part.title, outcome(part), f"{part.seconds:.0f}", "\n".join(measured(part.figures)))
     console = Console(stderr=True, width=140)
     console.print(table)
     console.print(
@@ -59,7 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hide_gpu()
     os.environ.update(_OFFLINE)  # the parts inherit it
     options.out.mkdir(parents=True, exist_ok=True)
-    chosen = [part for part in PARTS if not options.only or part.name in options.only]
+    chosen = [part for part in PARTS if (part.name in options.only if options.only else not part.asked)]
+    # Each part works in a folder of its own.
+    work = (options.work or Path(tempfile.mkdtemp(prefix="medcot-gpu-"))).resolve()
+    work.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
     written: list[GpuResults] = []
 
@@ -75,30 +81,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seconds=round(time.monotonic() - begun, 1),
             parts=parts,
         )
-        write_text(options.out / file_name(machine), results.model_dump_json(indent=2) + "\n")
+        write_text(options.out / file_name(machine, options.only or ()), results.model_dump_json(indent=2) + "\n")
         written[:] = [results]
+        keep(work, options.out)
 
-    # Each part works in a folder of its own.
-    work = (options.work or Path(tempfile.mkdtemp(prefix="medcot-gpu-"))).resolve()
-    work.mkdir(parents=True, exist_ok=True)
-    source = options.llama_source and options.llama_source.resolve()
+    source, built = (path and path.resolve() for path in (options.llama_source, options.llama_built))
+    setting = Setting(
+        work=work,
+        out=options.out.resolve(),
+        seconds=options.seconds,
+        rehearse=options.rehearse,
+        source=source,
+        built=built,
+        gpu_bytes=machine.gpu_memory_bytes,
+    )
     os.environ.setdefault("MEDCOT_CACHE", str(work / "cache"))
     try:
-        Suite(chosen, work, options.seconds, options.rehearse, source, told).run()
+        with GpuWatch(work):
+            Suite(chosen, setting, told).run()
     finally:
-        _collect_logs(work, options.out / "log.txt")
+        keep(work, options.out)
         if options.work is None:
             shutil.rmtree(work, ignore_errors=True)
     print(written[0].model_dump_json(indent=2), flush=True)
     print_table(written[0])
     return written[0].exit_status
-
-
-def _collect_logs(work: Path, out: Path) -> None:
-    """One file: a machine that is only lent may give few back."""
-    logs = sorted([*work.rglob("log.txt"), *work.glob("*.log")])
-    texts = [f"==== {log.relative_to(work)}\n{log.read_text(errors='replace')}" for log in logs]
-    write_text(out, "\n".join(texts))
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -109,10 +116,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", action="append", choices=names, metavar="PART", help=", ".join(names))
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny shapes")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-results")), help="for the JSON")
-    parser.add_argument("--work", type=Path, help="empty folder for the models, which is kept (12 GB)")
+    parser.add_argument("--work", type=Path, help="empty folder for the models, which is kept (30 GB)")
     parser.add_argument("--seconds", type=float, default=_TOTAL_SECONDS, help="for everything [%(default)s]")
     parser.add_argument("--commit", help="of this tree, where it is no Git checkout")
     parser.add_argument("--llama-source", type=Path, help="llama-cpp-python's source distribution, for a CUDA build")
+    parser.add_argument("--llama-built", type=Path, help="folder of the CUDA build: taken as it is, or built there")
     return parser.parse_args(arguments)
 
 

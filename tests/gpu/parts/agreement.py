@@ -9,6 +9,7 @@ from synthetic import random_base, write_rows
 
 from bench.training import NAMES, prepare_run, train_one_way
 from bench.training_probe import TrainingRequest, Way
+from pipeline.config import load_config
 
 _TOLERANCE = 0.02
 _WAYS: tuple[Way, Way] = ("medcot", "trl")
@@ -23,7 +24,7 @@ def measure(recorder: Recorder) -> None:
     overrides, steps = list(_SETTINGS), _STEPS
     if request.rehearse:
         base = random_base(request.work, rehearse=True)
-        rows = write_rows(request.work / "agreement-rows.jsonl", base, tokens=120, count=20)
+        rows = write_rows(request.work / "agreement-rows.jsonl", load_config("smollm2-cpu"), base, [120] * 20)
         overrides += [f"model.base={base}", f"data.source={rows}", "data.duplicates=keep", "data.leakage=keep"]
         steps = _REHEARSED_STEPS
     folder = request.work / "agreement"

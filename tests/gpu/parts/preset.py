@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from part import Recorder, medcot, perform, run, settings
+from plan_check import record_plan
 from synthetic import random_base, write_rows
 
 from pipeline.artifacts import Artifact, read_manifest
+from pipeline.config import load_config
 from pipeline.results import Evaluation, TrainedAdapter, Verification
-from pipeline.run import STAGES, stage_named
+from pipeline.run import stage_named
 
 # A model that has learned nothing meets no gate, and its near ties fall either way.
 _REHEARSAL = {
@@ -32,17 +34,14 @@ def measure(recorder: Recorder) -> None:
     overrides: dict[str, object] = {"training.report_to": "none"}
     if request.rehearse:
         base = random_base(request.work, rehearse=True)
-        rows = write_rows(request.work / "preset-rows.jsonl", base, tokens=120, count=12)
+        rows = write_rows(request.work / "preset-rows.jsonl", load_config("smollm2-cpu"), base, [120] * 12)
         overrides |= {**_REHEARSAL, "model.base": base, "data.source": rows, "data.duplicates": "keep"}
         overrides |= {"data.leakage": "keep"}
     command = medcot("run", "smollm2-cpu", "--run-dir", str(run_dir), *settings(overrides))
     # What comes after the gates has nothing of a GPU's to rehearse.
     status = run([*command, "--until", "evaluate"] if request.rehearse else command)
     recorder.check("every stage and every gate of the preset", status == 0, f"exit status {status}")
-    for stage in STAGES:
-        manifest = read_manifest(run_dir / stage.folder)
-        if manifest is not None:
-            recorder.figure(stage.name, manifest.seconds, "s")
+    record_plan(recorder, run_dir)
     _training(recorder, run_dir)
     if read_manifest(run_dir / stage_named("verify").folder) is not None:
         verified = Artifact.load(run_dir / stage_named("verify").folder, Verification).result

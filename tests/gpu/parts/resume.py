@@ -1,4 +1,4 @@
-"""A training that is killed (-9) behind a checkpoint and started again, beside one that was left alone."""
+"""A training that is killed (-9) after a checkpoint and started again, next to one that was not disturbed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from synthetic import random_base, write_rows
 
 from pipeline.artifacts import Artifact
 from pipeline.checkpoints import SEAL_NAME
+from pipeline.config import load_config
 from pipeline.errors import MedcotError
 from pipeline.results import TrainedAdapter
 from pipeline.run import stage_named
@@ -40,21 +41,21 @@ def measure(recorder: Recorder) -> None:
     overrides = dict(_SETTINGS)
     if request.rehearse:
         base = random_base(request.work, rehearse=True)
-        rows = write_rows(request.work / "resume-rows.jsonl", base, tokens=120, count=40)
+        rows = write_rows(request.work / "resume-rows.jsonl", load_config("smollm2-cpu"), base, [120] * 40)
         overrides |= {**_REHEARSAL, "model.base": base, "data.source": rows}
     alone, killed = request.work / "resume-alone", request.work / "resume-killed"
     undisturbed = start(_command(alone, overrides), request.work / "resume-alone.log")
     begun = time.monotonic()
-    at = _kill_behind_a_checkpoint(_command(killed, overrides), killed, request.work / "resume-killed.log")
+    at = _kill_after_a_checkpoint(_command(killed, overrides), killed, request.work / "resume-killed.log")
     recorder.figure("killed after", time.monotonic() - begun, "s")
     begun = time.monotonic()
     status = run(_command(killed, overrides))
     recorder.figure("the same command again took", time.monotonic() - begun, "s")
-    recorder.check("the same command goes on", status == 0, f"exit status {status}")
+    recorder.check("the same command resumes", status == 0, f"exit status {status}")
     if undisturbed.wait() != 0:
         raise MedcotError(f"The undisturbed training failed: {last_line(request.work / 'resume-alone.log')}")
     resumed = Artifact.load(killed / stage_named("train").folder, TrainedAdapter).result.resumed_from_step
-    recorder.check("from a checkpoint", (resumed or 0) >= at, f"killed behind step {at}, resumed from {resumed}")
+    recorder.check("from a checkpoint", (resumed or 0) >= at, f"killed after step {at}, resumed from {resumed}")
     expected, found = _losses(alone), _losses(killed)
     recorder.check(
         "every step is logged once", list(expected) == list(found), f"{len(expected)} and {len(found)} logged losses"
@@ -68,7 +69,7 @@ def _command(run_dir: Path, overrides: dict[str, object]) -> list[str]:
     return medcot("run", "smollm2-cpu", "--until", "train", "--run-dir", str(run_dir), *settings(overrides))
 
 
-def _kill_behind_a_checkpoint(command: list[str], run_dir: Path, log: Path) -> int:
+def _kill_after_a_checkpoint(command: list[str], run_dir: Path, log: Path) -> int:
     """The step of the newest checkpoint when the training was killed."""
     process = start(command, log)
     checkpoints = run_dir / stage_named("train").folder / "checkpoints"

@@ -78,7 +78,7 @@ def _prepared(request: Request, length: int) -> Path:
     folder.mkdir(exist_ok=True)
     steps = _REHEARSED_STEPS if request.rehearse else _STEPS
     examples = load_config(_PRESET).training.effective_batch * steps
-    rows = write_rows(folder / "rows.jsonl", base, length, examples + 1)  # one is held out
+    rows = write_rows(folder / "rows.jsonl", load_config(_PRESET), base, [length] * (examples + 1))  # one is held out
     overrides = [
         f"model.base={base}", f"model.max_seq_length={length}", f"data.source={rows}", "data.config=null",
         "data.limit=null", "data.train_rows=null", "data.duplicates=keep", "data.leakage=keep",

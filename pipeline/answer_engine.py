@@ -1,0 +1,23 @@
+"""Which engine writes an evaluation's answers, and why."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pipeline.hardware import Choice
+
+
+def answer_engine(
+    requested: Literal["auto", "llama.cpp", "transformers"], *, has_gpu: bool, llama_on_gpu: bool
+) -> Choice:
+    """llama.cpp runs the file that ships; without its GPU an 8B answers for half a day on a hosted machine's cores.
+
+    ``has_gpu``: PyTorch can compute on one; ``llama_on_gpu``: the installed llama-cpp-python offloads to it.
+    """
+    if requested != "auto":
+        return Choice(requested, f"set by evaluation.engine={requested}")
+    if not has_gpu:
+        return Choice("llama.cpp", "there is no GPU")
+    if llama_on_gpu:
+        return Choice("llama.cpp", "the installed llama.cpp computes on the GPU")
+    return Choice("transformers", "there is a GPU, and the installed llama.cpp cannot use it")
