@@ -45,6 +45,7 @@ SETTINGS = [
     "lora.dropout=0.1",
 ]
 RARE = "😀"
+ADAPTER = "adapter_model.safetensors"
 
 
 def write_rows(folder: Path, train: list[str]) -> Path:
@@ -318,6 +319,44 @@ def test_too_little_memory_names_the_setting(long_examples: Trainings, tmp_path:
     assert (
         "set training.batch_size=4 and training.gradient_accumulation=2, or training.batch_size=auto" in ended.messages
     )
+
+
+@pytest.mark.parametrize("step", [10, STEPS])
+def test_no_memory_for_an_evaluation_costs_no_training(
+    trainings: Trainings, undisturbed: Path, tmp_path: Path, step: int
+) -> None:
+    """Neither step has a checkpoint of its own before the evaluation."""
+    out = tmp_path / "adapter"
+    ended = trainings.run(out, [*SETTINGS, "training.eval_batch_size=3"], full_at=(step, 2))
+    assert ended.status == 1 and ended.messages.count("Error in train:") == 1
+    assert (
+        "Not enough memory for the loss on the held-out records with 3 records at once: "
+        f"set training.eval_batch_size=1; training is kept, and the same command resumes from step {step}."
+        in ended.messages
+    )
+    succeeded(trainings.run(out, [*SETTINGS, "training.eval_batch_size=1"], full_at=(step, 2)))
+    assert result(out).resumed_from_step == step
+    assert (out / ADAPTER).read_bytes() == (undisturbed / ADAPTER).read_bytes()
+    steps, losses = zip(*((point.step, point.loss) for point in result(out).eval_loss), strict=True)
+    expected = result(undisturbed).eval_loss
+    assert list(steps) == [point.step for point in expected]
+    assert list(losses) == pytest.approx([point.loss for point in expected], rel=1e-6)
+
+
+def test_batch_size_auto_evaluates_fewer_records_at_once_and_trains_on_as_before(
+    trainings: Trainings, tmp_path: Path
+) -> None:
+    """Dropout included: the evaluation that failed leaves the model in training's mode."""
+    settings = [
+        *(each for each in SETTINGS if not each.startswith(("training.batch_size", "training.gradient_acc"))),
+        "training.batch_size=auto", "training.step_examples=2", "training.max_steps=8",
+    ]  # fmt: skip
+    roomy, little = tmp_path / "roomy", tmp_path / "little"
+    succeeded(trainings.run(roomy, settings))
+    succeeded(trainings.run(little, settings, full_at=(5, 1)))
+    assert (little / ADAPTER).read_bytes() == (roomy / ADAPTER).read_bytes()
+    losses = [[point.loss for point in result(each).eval_loss] for each in (little, roomy)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_batch_size_auto_lowers_itself_and_keeps_the_effective_batch(long_examples: Trainings, tmp_path: Path) -> None:

@@ -52,10 +52,12 @@ class Trainings:
         settings: Sequence[str] = (),
         *,
         memory_bytes: int | None = None,
+        full_at: tuple[int, int] | None = None,
         meanwhile: Callable[[int], None] = lambda pid: None,
     ) -> Ended:
         """Train into ``out``; ``memory_bytes`` is what it may map beyond what it has when it starts.
 
+        ``full_at`` (step, rows) makes the held-out evaluation at that step find no memory for more than so many rows.
         ``meanwhile`` is called with its process id as soon as it is running.
         """
         assert self._server.stdin is not None and self._server.stdout is not None
@@ -65,6 +67,7 @@ class Trainings:
             "data": str(self._data),
             "out": str(out),
             "memory_bytes": memory_bytes,
+            "full_at": full_at,
         }
         print(json.dumps(job), file=self._server.stdin, flush=True)
         pid = int(self._server.stdout.readline())
@@ -107,12 +110,34 @@ def _perform(job: dict[str, object]) -> int:
         limit = mapped + int(str(job["memory_bytes"]))
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
+    if job["full_at"] is not None:
+        _fill_memory_at(*job["full_at"])  # type: ignore[misc]
+
     def work() -> None:
         config = load_config(None, job["settings"])  # type: ignore[arg-type]
         result = train(config, {"prepare": Path(str(job["data"]))}, out)
         write_json(out / "result.json", result.model_dump(mode="json"))
 
     return run_as_child("train", out, work)
+
+
+def _fill_memory_at(step: int, rows: int) -> None:
+    import torch
+
+    from pipeline.training import held_out, trainer
+
+    evaluate, summed_loss = trainer.held_out_loss, held_out.summed_loss
+
+    def evaluate_in_little_memory(training: trainer.AdapterTrainer) -> float:
+        def summed(model: object, input_ids: torch.Tensor, *others: torch.Tensor) -> tuple[float, int]:
+            if training.state.global_step == step and len(input_ids) > rows:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return summed_loss(model, input_ids, *others)
+
+        held_out.summed_loss = summed
+        return evaluate(training)
+
+    trainer.held_out_loss = evaluate_in_little_memory
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ def trainer_arguments(
         "optim": training.optimizer,
         "gradient_checkpointing": training.gradient_checkpointing,
         "bf16": dtype == "bfloat16",
+        # With both left out, as Unsloth advises for a T4, its trainer sets this itself for a model in float16.
         "fp16": dtype == "float16",
         "use_cpu": on_cpu,
         "seed": config.seed,

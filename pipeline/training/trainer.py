@@ -110,6 +110,9 @@ class AdapterTrainer(SFTTrainer):
                 if not is_out_of_memory(error):
                     raise
                 if self.settings.batch_size != "auto" or rows == 1:
+                    if self.state.global_step > self.last_whole_step and ranks.world_size() == 1:
+                        # The loop evaluates before it saves. Other processes wait for this one's loss meanwhile.
+                        self._save_checkpoint(self.model, trial=None)
                     raise MedcotError(
                         f"Not enough memory for the loss on the held-out records with {rows} "
                         f"record{'s' * (rows > 1)} at once: "
@@ -239,6 +242,9 @@ class _Bookkeeping(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         state.compute_steps(args, state.max_steps)  # a checkpoint brings those of the session that wrote it
         self._trainer.take_up_pending_loss()
+        every = self._trainer.settings.eval_steps
+        if every is not None and state.global_step % every == 0:
+            self._trainer.held_out_loss_at(state.global_step)  # where memory was too small for it at the checkpoint
         self._trainer.loop_seconds.start()
         self._trainer.budget.loop_begins()
         self._bar.start(state.max_steps, state.global_step)
