@@ -81,9 +81,7 @@ def measure_record(
         answer_tokens=len(answer),
         output=output,
         answer=parsed.answer,
-        thought_tokens=len(chat_format.vocabulary.encode_text(parsed.thought, after_text=True))
-        if parsed.thought
-        else None,
+        thought_tokens=len(chat_format.vocabulary.encode_text(parsed.thought, "text")) if parsed.thought else None,
         well_formed=parsed.well_formed,
         closed_thought=parsed.one_thought,
         looping=ending_cycle(new) is not None,

@@ -38,10 +38,27 @@ def label_fault(chat_format: ChatFormat, vocabulary: TransformersVocabulary, exa
     return None
 
 
+def prompt_fault(chat_format: ChatFormat, vocabulary: TransformersVocabulary) -> str | None:
+    """How the prompt differs from the tokenizer's own ids of the rendered text; None when it does not."""
+    asked = {"role": "user", "content": "What is sepsis?"}
+    for messages in ([asked], [asked, {"role": "assistant", "content": "An infection."}, asked]):
+        text = chat_format.render(messages)
+        ours, whole = chat_format.prompt_ids(messages), vocabulary.whole(text)
+        if ours[len(ours) - len(whole) :] != whole:
+            return (
+                f"the tokenizer makes other tokens of {text[:60]!r} than of its parts, because added tokens in it are "
+                "single_word or normalized: use another model.base or chat template"
+            )
+    return None
+
+
 def label_verdict(
     chat_format: ChatFormat, vocabulary: TransformersVocabulary, examples: Sequence[Example]
 ) -> tuple[str, str | None]:
     """The sentence about all examples' labels, and the problem where there is one."""
+    fault = prompt_fault(chat_format, vocabulary)
+    if fault:
+        return fault, fault
     if not examples:
         return "no usable record to show", None
     faults = [fault for example in examples if (fault := label_fault(chat_format, vocabulary, example))]
