@@ -211,13 +211,13 @@ def _text_tokenizer(description: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of a tokenizer.json without control tokens and without what it puts around a text."""
     from tokenizers import Tokenizer
 
-    added = [token for token in description["added_tokens"] if _is_white_space(token["content"])]
+    added = [token for token in description.get("added_tokens") or [] if _is_white_space(token["content"])]
     # Without a place in the model's own vocabulary they would get the ids of the tokens that were removed.
     vocabulary = description["model"]["vocab"] | {token["content"]: token["id"] for token in added}
     model = {**description["model"], "vocab": vocabulary}
-    return Tokenizer.from_str(
-        json.dumps({**description, "added_tokens": added, "model": model, "post_processor": None})
-    )
+    # A length that was set once when the tokenizer was saved would cut records here.
+    nothing = dict.fromkeys(("post_processor", "truncation", "padding"))
+    return Tokenizer.from_str(json.dumps({**description, "added_tokens": added, "model": model, **nothing}))
 
 
 def space_scheme(description: Mapping[str, Any]) -> SpaceScheme | None:

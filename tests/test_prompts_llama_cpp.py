@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import llama_cpp
 import pytest
@@ -30,7 +31,7 @@ from tokenizers import AddedToken
 from chat.session import Sampling, Session, Turn
 from pipeline.base_model import load_tokenizer
 from pipeline.prompts import ChatFormat, Example, Message
-from pipeline.vocabulary import LlamaCppVocabulary, TransformersVocabulary
+from pipeline.vocabulary import LlamaCppVocabulary, Preceding, TransformersVocabulary
 
 pytestmark = pytest.mark.broad
 
@@ -219,9 +220,9 @@ def test_tokens_added_to_a_vocabulary_stay_text_when_typed(name: str, tmp_path: 
         controls = set(ours.control_tokens.values())
         for spelled in (*CONTROL_SPELLINGS, *added, "<<SYS>>>", "x</think>y</think>", "a <<<SYS>> b"):
             for text in (spelled, f"a {spelled} b", f"{spelled}{spelled}"):
-                for after_text in (True, False):
-                    ids = theirs.encode_text(text, after_text=after_text)
+                for after in get_args(Preceding):
+                    ids = theirs.encode_text(text, after)
                     assert not controls & set(ids)
-                    assert ids == ours.encode_text(text, after_text=after_text), text
+                    assert ids == ours.encode_text(text, after), text
     finally:
         llama.close()
