@@ -24,7 +24,10 @@ _FORMAT = 2  # raise when the same inputs give another outcome, so that older li
 
 @dataclass(frozen=True)
 class EvaluationSettings:
+    """``max_record_tokens``: references are measured up to there, prompt included, as they were trained on; None: all."""
+
     max_new_tokens: int = 1024
+    max_record_tokens: int | None = None
     seed: int = 0
     engine: engines.Settings = field(default_factory=engines.Settings)
 
@@ -59,13 +62,14 @@ def measure_record(
     new: Sequence[int],
     max_new_tokens: int,
     chosen: Sequence[int] | None = None,
+    max_record_tokens: int | None = None,
 ) -> RecordOutcome:
     """Likelihood of the reference's thought and answer given the prompt; form and wording of its own output.
 
     ``new`` is what the model wrote when asked the question, ``chosen`` when asked with the options.
     """
     chat_format, reference = engine.chat_format, record.example.answer
-    prompt, thought, answer = chat_format.encode_parts(record.example)
+    prompt, thought, answer = chat_format.encode_parts(record.example, max_record_tokens)
     log_probabilities = engine.token_log_probabilities([*prompt, *thought, *answer])
     # Value i belongs to id i + 1.
     of_thought = log_probabilities[len(prompt) - 1 : len(prompt) - 1 + len(thought)]
@@ -98,7 +102,7 @@ def measure_record(
 def record_keys(path: Path, records: Sequence[HeldOutRecord], settings: EvaluationSettings) -> list[str]:
     """Hashes of all that an outcome depends on, the record's place included: no stale line is taken up."""
     engine = asdict(replace(settings.engine, threads=None))
-    shared = [_FORMAT, _model_identity(path), settings.max_new_tokens, engine]
+    shared = [_FORMAT, _model_identity(path), settings.max_new_tokens, settings.max_record_tokens, engine]
     return [
         sha256_json(
             [

@@ -84,7 +84,9 @@ def _recorded_template_check(ours: VocabularyView, answer: Answer, recipe: Adapt
         faults.append(f"it was changed after export, which recorded {recorded:.12}")
     if found != trained:
         faults.append(f"in training it was {trained:.12}")
-    if recipe and answer.recorded_system not in (None, recipe.system):
+    # A file without a recorded template is not of medcot's export, and says nothing of the system prompt either.
+    unsaid = recorded is None and answer.recorded_system is None
+    if recipe and not unsaid and answer.recorded_system != recipe.system:
         faults.append(f"the file's system prompt is {answer.recorded_system!r}, in training {recipe.system!r}")
     in_file = "as the file records" if recorded else "the file records none"
     in_adapter = (

@@ -154,8 +154,11 @@ class ChatFormat:
         """What the model should write, from the opening of its thought to the end of its turn, as text."""
         return "".join(piece.text for piece in self._completion_pieces(example))
 
-    def encode(self, example: Example) -> EncodedExample:
-        """Ids and labels of one example; the loss sees the thought, the answer and the end of turn."""
+    def encode(self, example: Example, max_tokens: int | None = None) -> EncodedExample:
+        """Ids and labels of one example; the loss sees the thought, the answer and the end of turn.
+
+        Cut off after ``max_tokens`` as a tokenizer's ``truncation=True`` cuts: the end of turn goes first.
+        """
         self.chat_template.check_continuation()
         prompt = self.chat_template.pieces(self._conversation(example.question))
         if self.opens_thought:
@@ -165,12 +168,19 @@ class ChatFormat:
         # The completion's own ids, never merged with the prompt's: while chatting the prompt comes first, too.
         completion_ids = self._ids(self._segments(self._completion_pieces(example), segments[-1]))
         return EncodedExample(
-            input_ids=prompt_ids + completion_ids,
-            labels=[IGNORED_LABEL] * len(prompt_ids) + completion_ids,
+            input_ids=(prompt_ids + completion_ids)[:max_tokens],
+            labels=([IGNORED_LABEL] * len(prompt_ids) + completion_ids)[:max_tokens],
         )
 
-    def encode_parts(self, example: Example) -> tuple[list[int], list[int], list[int]]:
+    def encode_parts(self, example: Example, max_tokens: int | None = None) -> tuple[list[int], list[int], list[int]]:
         """Ids of (prompt, thought with its tags, answer with the end of turn): ``encode`` cut in three."""
+        prompt, thought, answer = self._whole_parts(example)
+        if max_tokens is None:
+            return prompt, thought, answer
+        left = max(0, max_tokens - len(prompt))
+        return prompt[:max_tokens], thought[:left], answer[: max(0, left - len(thought))]
+
+    def _whole_parts(self, example: Example) -> tuple[list[int], list[int], list[int]]:
         whole = self.encode(example)
         completion = whole.completion_ids
         if not self._thought_pieces(example):

@@ -92,8 +92,9 @@ def train(config: Config, inputs: dict[str, Path], out_dir: Path) -> TrainedAdap
     chat_format = ChatFormat(tokenizer.chat_template, TransformersVocabulary(tokenizer), config.prompt.system)
     # Each process encodes for itself: on another machine there is no file of the first.
     scratch = out_dir / SCRATCH_NAME / f"rank{ranks.rank()}"
-    train_rows, counts = encoded_rows(chat_format, inputs["prepare"] / TRAIN_FILE, scratch / "train.arrow")
-    eval_rows, _ = encoded_rows(chat_format, inputs["prepare"] / EVAL_FILE, scratch / "eval.arrow")
+    limit = config.truncated_at
+    train_rows, counts = encoded_rows(chat_format, inputs["prepare"] / TRAIN_FILE, scratch / "train.arrow", limit)
+    eval_rows, _ = encoded_rows(chat_format, inputs["prepare"] / EVAL_FILE, scratch / "eval.arrow", limit)
     hardware = detect(out_dir)
     dtype = compute_dtype(config.model.dtype, hardware).value
     batch = first_batch(
