@@ -24,7 +24,7 @@ _FORMAT = 2  # raise when the same inputs give another outcome, so that older li
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """``max_record_tokens``: references are measured up to there, prompt included, as they were trained on; None: all."""
+    """A reference is measured up to ``max_record_tokens``, prompt included, as it would be trained on; None: all."""
 
     max_new_tokens: int = 1024
     max_record_tokens: int | None = None

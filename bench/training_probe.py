@@ -98,7 +98,7 @@ def _train_with_unsloth(config: Config, run_dir: Path, out_dir: Path) -> list[di
     import torch
     from unsloth import FastLanguageModel
 
-    checkpointing: bool | str = "unsloth" if config.training.gradient_checkpointing else False
+    checkpointing: bool | str = "unsloth" if config.training.gradient_checkpointing is not False else False
     model, _ = FastLanguageModel.from_pretrained(
         str(local_base(config.model.base, config.model.revision)),
         max_seq_length=config.model.max_seq_length,

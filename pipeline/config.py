@@ -115,6 +115,13 @@ def _auto_or_count(value: Any) -> Any:
     raise ValueError("a whole number from 1 on, or auto")
 
 
+def _auto_or_switch(value: Any) -> Any:
+    if value == "auto" or isinstance(value, bool):
+        return value
+    raise ValueError("true, false or auto")
+
+
+AutoOrSwitch = Annotated[bool | Literal["auto"], BeforeValidator(_auto_or_switch)]
 AutoOrCount = Annotated[int | Literal["auto"], BeforeValidator(_auto_or_count)]
 
 
@@ -139,7 +146,9 @@ class TrainingConfig(Section):
     warmup_ratio: float = Field(0.0, ge=0, lt=1, description="Share of the steps; used when warmup_steps is 0.")
     weight_decay: float = Field(0.01, ge=0)
     optimizer: str = Field("adamw_8bit", description="A transformers optimizer name; 8-bit ones become AdamW on CPU.")
-    gradient_checkpointing: bool = Field(True, description="Recompute activations: less memory, slower.")
+    gradient_checkpointing: AutoOrSwitch = Field(
+        True, description="Recompute activations: less memory, slower; auto: only where the memory needs it."
+    )
     logging_steps: int = Field(1, ge=1)
     checkpoint_steps: int = Field(20, ge=1, description="Steps between checkpoints.")
     max_minutes: float | None = Field(

@@ -78,5 +78,6 @@ def label_verdict(
     verdict = f"{what} in the loss of all {len(examples)} records looked at, the prompt is not"
     lengths = [] if max_tokens is None else [len(chat_format.encode(example).input_ids) for example in examples]
     if longer := sum(length > (max_tokens or 0) for length in lengths):
-        verdict += f"; {longer} of them are cut off after {max_tokens} tokens, without their end of turn"
+        verb = "is" if longer == 1 else "are"
+        verdict += f"; {longer} of them {verb} cut off after {max_tokens} tokens, without the end of turn"
     return verdict, None

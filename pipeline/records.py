@@ -141,7 +141,7 @@ def _options(columns: dict[str, Any], names: Columns) -> tuple[dict[str, str] | 
 
 
 def _truncated(example: Example, limit: int, chat_format: ChatFormat) -> tuple[TokenCounts, bool]:
-    """The size of what is left of the example, and whether that is less than all; raises Rejected for a prompt alone."""
+    """The size of what is left of the example, and whether that is less than all; Rejected when it is the prompt."""
     whole = count_tokens(example, chat_format)
     if whole.prompt >= limit:
         raise Rejected("too long", f"the prompt has {whole.prompt} tokens, model.max_seq_length is {limit}", drawn=True)

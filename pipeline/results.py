@@ -104,6 +104,7 @@ class TrainedAdapter(Measurement):
     )
     batch_size: int | None = Field(default=None, description="Examples per forward pass of one process.")
     gradient_accumulation: int | None = Field(default=None, description="Forward passes per optimizer step.")
+    gradient_checkpointing: str | None = Field(default=None, description="on or off, and why.")
 
 
 class ExportedFile(Measurement):
