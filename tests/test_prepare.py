@@ -134,14 +134,14 @@ def test_flashcards_too_long_for_the_context_are_replaced_and_the_order_stays(tm
         "data.eval_rows=20",
     ]
     numbers = {}
-    for limit in (300, 100000):
+    for limit in (360, 100000):
         settings = [f"model.max_seq_length={limit}", "data.too_long=drop"]
         config = load_config("tinyllama-flashcards", [*overrides, *settings])
         prepare(config, {}, tmp_path / str(limit))
         numbers[limit] = [r["number"] for r in load_records(tmp_path / str(limit) / "train.jsonl")]
-    both = set(numbers[300]) & set(numbers[100000])
+    both = set(numbers[360]) & set(numbers[100000])
     assert 150 < len(both) < 200
-    assert [n for n in numbers[300] if n in both] == [n for n in numbers[100000] if n in both]
+    assert [n for n in numbers[360] if n in both] == [n for n in numbers[100000] if n in both]
 
 
 def kept_by_the_recipe(card: dict[str, str]) -> bool:

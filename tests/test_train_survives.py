@@ -315,26 +315,24 @@ def test_batch_size_auto_lowers_itself_and_keeps_the_effective_batch(long_exampl
 
 
 def test_auto_turns_gradient_checkpointing_on_when_memory_runs_out(tmp_path: Path) -> None:
-    """Eight layers' activations at once do not fit, one layer's do; the adapter is that of a training with it."""
+    """Eight layers' activations at once do not fit, one layer's do; the training is the same."""
     deep = save_model(tmp_path / "deep", hidden=64, feed_forward=2048, layers=8)
     questions = [f"Is {n} even? " + "Think twice. " * 60 for n in range(8)]
     server = Trainings(deep, write_rows(tmp_path / "data", questions))
     settings = [*WIDE, "training.batch_size=2", "training.gradient_accumulation=1"]
-    tight, roomy, set_on = (tmp_path / name for name in ("tight", "roomy", "on"))
-    auto = [*settings, "training.gradient_checkpointing=auto"]
-    succeeded(server.run(roomy, auto))
-    succeeded(server.run(set_on, [*settings, "training.gradient_checkpointing=true"]))
-    ended = server.run(tight, [*auto, "training.max_minutes=0.0001"], memory_bytes=LITTLE_MEMORY)
+    settings.append("training.gradient_checkpointing=auto")
+    tight, roomy = tmp_path / "tight", tmp_path / "roomy"
+    succeeded(server.run(roomy, settings))
+    ended = server.run(tight, [*settings, "training.max_minutes=0.0001"], memory_bytes=800 * 2**20)
     succeeded(ended)
     assert "not enough memory without gradient checkpointing, continues with it" in ended.messages
-    succeeded(server.run(tight, auto))  # the next session has memory, and keeps to it
+    succeeded(server.run(tight, settings))  # the next session has memory, and keeps to it
     server.close()
-    choices = [str(result(out).gradient_checkpointing) for out in (roomy, set_on, tight)]
-    assert choices[0].startswith("off: ") and "which fits" in choices[0]
-    assert choices[1].startswith("on: set by") and "there was not enough memory" in choices[2]
+    assert str(result(roomy).gradient_checkpointing).startswith("off: ")
+    assert "there was not enough memory" in str(result(tight).gradient_checkpointing)
     assert result(tight).resumed_from_step == 1
-    losses = [[point.loss for point in result(out).train_loss] for out in (roomy, set_on, tight)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[2] == pytest.approx(losses[1], rel=1e-4)
+    losses = [[point.loss for point in result(out).train_loss] for out in (roomy, tight)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_a_record_whose_loss_is_not_finite_is_named(tmp_path: Path) -> None:
