@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from conftest import shared_tokenizer
 from tiny_models import TEXT, save_adapter, save_model, save_vocabulary_gguf
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from export.export import export_models
 from export.tokenizer_metadata import read_vocabulary
 from export.verify import verify_gguf
+from pipeline.base_model import load_tokenizer
 from pipeline.config import VerifyConfig
 from pipeline.labels import label_verdict
 from pipeline.prompts import ChatFormat, Example
@@ -192,6 +194,29 @@ def test_export_tells_what_other_programs_do_and_verify_accepts_it(tmp_path: Pat
     if spaces == "byte-level":
         assert "swallow" not in told[0]
         assert any("texts are left out" in check.detail for check in result.checks)
+
+
+@pytest.mark.broad
+def test_tinyllama_s_ids_are_those_of_the_tokenizer_that_transformers_makes(tmp_path: Path) -> None:
+    """Of its tokenizer.model transformers 5 makes one without a space behind control tokens."""
+    AutoTokenizer.from_pretrained(shared_tokenizer("tinyllama-1.1b-chat")).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    llama = save_vocabulary_gguf(tmp_path, len(tokenizer), tmp_path / "vocabulary.gguf")
+    training = ChatFormat(tokenizer.chat_template, TransformersVocabulary(tokenizer))
+    chat = ChatFormat(tokenizer.chat_template, LlamaCppVocabulary(llama))
+    for content in (*CONTENTS, "What is </think> it?"):
+        asked = {"role": "user", "content": content}
+        for messages in ([asked], [{"role": "system", "content": "Be brief."}, asked, said(content), asked]):
+            whole = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+            assert training.prompt_ids(messages) == chat.prompt_ids(messages) == [tokenizer.bos_token_id, *whole]
+    assert training.encode(Example("Why?", None, " So.")) == chat.encode(Example("Why?", None, " So."))
+    llama.close()
+
+
+def said(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
 
 
 def test_the_ordinary_vocabulary_has_no_keys_of_ours(tmp_path: Path) -> None:
