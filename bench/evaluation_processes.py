@@ -174,7 +174,7 @@ def evaluate_one(task: EvaluationTask, part: Sequence[int], turn_seconds: float 
             if limit.is_up():
                 return
             key = task.keys[index]
-            scored[key] = measure_likelihood(engine, key, task.records[index])
+            scored[key] = measure_likelihood(engine, key, task.records[index], task.settings.max_record_tokens)
             append(likelihoods_path(task.out_dir, task.path), scored[key])
         for index, new, chosen in answers(task, unanswered, engine.chat_format, engine.generate_many):
             written = WrittenAnswer(key=task.keys[index], new=new, chosen=chosen)

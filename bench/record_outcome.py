@@ -24,7 +24,10 @@ _FORMAT = 2  # raise when the same inputs give another outcome, so that older li
 
 @dataclass(frozen=True)
 class EvaluationSettings:
+    """A reference is measured up to ``max_record_tokens``, prompt included, as it would be trained on; None: all."""
+
     max_new_tokens: int = 1024
+    max_record_tokens: int | None = None
     seed: int = 0
     engine: engines.Settings = field(default_factory=engines.Settings)
 
@@ -66,8 +69,11 @@ class WrittenAnswer(Measurement):
     chosen: list[int] | None
 
 
-def measure_likelihood(engine: Engine, key: str, record: HeldOutRecord) -> Likelihood:
-    prompt, thought, answer = engine.chat_format.encode_parts(record.example)
+def measure_likelihood(
+    engine: Engine, key: str, record: HeldOutRecord, max_record_tokens: int | None = None
+) -> Likelihood:
+    """Likelihood of the reference's thought and answer given the prompt, cut where training cut such records."""
+    prompt, thought, answer = engine.chat_format.encode_parts(record.example, max_record_tokens)
     log_probabilities = engine.token_log_probabilities([*prompt, *thought, *answer])
     # Value i belongs to id i + 1.
     of_thought = log_probabilities[len(prompt) - 1 : len(prompt) - 1 + len(thought)]
@@ -98,9 +104,7 @@ def measure_answer(
         **likelihood.model_dump(),
         output=output,
         answer=parsed.answer,
-        thought_tokens=len(chat_format.vocabulary.encode_text(parsed.thought, after_text=True))
-        if parsed.thought
-        else None,
+        thought_tokens=len(chat_format.vocabulary.encode_text(parsed.thought, "text")) if parsed.thought else None,
         well_formed=parsed.well_formed,
         closed_thought=parsed.one_thought,
         looping=ending_cycle(new) is not None,
@@ -121,7 +125,7 @@ def record_keys(path: Path, records: Sequence[HeldOutRecord], settings: Evaluati
     The GPU is no part of them, as the threads are not: an evaluation continues, and is compared, on another machine.
     """
     engine = asdict(replace(settings.engine, threads=None, gpu_layers=0))
-    shared = [_FORMAT, _model_identity(path), settings.max_new_tokens, engine]
+    shared = [_FORMAT, _model_identity(path), settings.max_new_tokens, settings.max_record_tokens, engine]
     return [
         sha256_json(
             [

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from pipeline.batch_shares import processes_for
 from pipeline.checkpoints import KEPT
 from pipeline.config import Config
+from pipeline.gradient_checkpointing import checkpointing_choice, with_checkpointing
 from pipeline.hardware import GIBIBYTE, MEBIBYTE, Hardware
 from pipeline.model_size import ModelSize
 
@@ -132,13 +133,20 @@ class Estimator:
         *,
         base_is_here: bool,
     ) -> None:
-        self.config = config
         self.size = size
         self.work = work
         self.hardware = hardware
         self.cpu_flops = cpu_gflops * 1e9
         self.bytes_per_weight = 4 if dtype == "float32" else 2
         self.base_is_here = base_is_here
+
+        def peak(each: Config) -> float:
+            self.config = each
+            return self.training_bytes(self.batch_size)
+
+        there = hardware.gpu_memory_bytes or hardware.available_memory_bytes
+        self.checkpointing = checkpointing_choice(config, peak, there)
+        self.config = with_checkpointing(config, self.checkpointing.value == "on")
 
     def stages(self) -> list[StageEstimate]:
         return [
@@ -200,7 +208,7 @@ class Estimator:
     def training_bytes(self, batch_size: int) -> float:
         """Where training computes, on the GPU or in RAM: weights, adapter and optimizer, activations, the rest."""
         weights = self.size.weight_bytes(self.config.model.load_in_4bit, self.bytes_per_weight)
-        activations = self.activation_bytes(batch_size, self.config.training.gradient_checkpointing)
+        activations = self.activation_bytes(batch_size, self.config.training.gradient_checkpointing is not False)
         held = weights + self._trainable_bytes()
         if self.hardware.device == "cuda":
             return held + activations + _CUDA_BYTES

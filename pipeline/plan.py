@@ -81,7 +81,7 @@ def make_plan(
     estimator = Estimator(config, size, work, hardware, gflops, dtype.value, base_is_here=downloaded)
     estimates = [each for each in estimator.stages() if stages is None or each.stage in stages]
     steps = steps_of(config, work.train_rows)
-    verdict, fault = label_verdict(chat_format, vocabulary, [record.example for record in records])
+    verdict, fault = label_verdict(chat_format, vocabulary, [record.example for record in records], config.truncated_at)
     where_it_trains = hardware.gpu_memory_bytes or hardware.available_memory_bytes
     return Plan(
         name=config.name,
@@ -99,7 +99,7 @@ def make_plan(
         gpu_memory_bytes=hardware.gpu_memory_bytes,
         disk_bytes=hardware.free_disk_bytes,
         cache_disk_bytes=hardware.cache_disk_bytes,
-        example=loss_mask(chat_format, vocabulary, records[0].example) if records else [],
+        example=loss_mask(chat_format, vocabulary, records[0].example, config.truncated_at) if records else [],
         verdict=verdict,
         notes=fit.notes(hardware, survey, estimates),
         problems=[

@@ -66,7 +66,7 @@ def test_a_label_without_the_reasoning_is_found(base: Path, monkeypatch: pytest.
     chat_format = load_chat_format(base)
     whole = chat_format.encode
 
-    def without_thought(self: ChatFormat, example: Example) -> EncodedExample:
+    def without_thought(self: ChatFormat, example: Example, max_tokens: int | None = None) -> EncodedExample:
         return whole(Example(example.question, None, example.answer))
 
     monkeypatch.setattr(ChatFormat, "encode", without_thought)

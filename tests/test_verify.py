@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from gguf import LlamaFileType
 from tiny_models import SHARED, save_adapter, save_model
-from transformers import AutoTokenizer
 
 from export import export as export_module
 from export import tokenizer_metadata, verify, verify_logits
@@ -26,6 +25,7 @@ from export.verify_logits import Disagreement, LogitComparison, probability
 from export.verify_predictions import Distances, Ending, adapter_check, end_of_turn_check, logit_checks
 from export.verify_probe import Answer, logits_path
 from export.verify_reference import Reference
+from pipeline.base_model import load_tokenizer
 from pipeline.config import Config, VerifyConfig
 from pipeline.errors import GateFailed, MedcotError
 from pipeline.prompts import Example
@@ -97,7 +97,7 @@ def test_a_child_that_dies_is_a_failed_check(
 )
 def test_real_tokenizers_verify(tokenizer: str, size: int, tmp_path: Path) -> None:
     base = save_model(tmp_path / "base", vocabulary=size, layers=1, hidden=32, feed_forward=64, tied=False)
-    AutoTokenizer.from_pretrained(SHARED / "tokenizers" / tokenizer).save_pretrained(base)  # as training does
+    load_tokenizer(SHARED / "tokenizers" / tokenizer).save_pretrained(base)  # as training does
     export_module.export_models(base, None, tmp_path, "m", ["F16"])
     result = verify_gguf(tmp_path / "m-F16.gguf", base, None, EXAMPLES[:1], THRESHOLDS, threads=1)
     assert [(check.name, check.detail) for check in result.checks if not check.passed] == []
