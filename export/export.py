@@ -81,7 +81,10 @@ def export(config: Config, inputs: dict[str, Path], out_dir: Path) -> ExportedMo
             config.export.quantizations,
             config.export.ship if config.export.include_base else None,
             lambda: measuring_text(
-                tokenizer_folder(folder, inputs["train"]), inputs["prepare"] / TRAIN_FILE, config.prompt.system
+                tokenizer_folder(folder, inputs["train"]),
+                inputs["prepare"] / TRAIN_FILE,
+                config.prompt.system,
+                tokens=config.export.imatrix_tokens,
             ),
             lambda: model_fingerprint(folder, weights, [WeightedAdapter(inputs["train"])]),
             bar.measured,

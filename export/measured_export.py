@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from export.ggml import IGNORES_IMPORTANCE
-from export.importance import Progress, measure_importance, training_sequences
+from export.importance import DEFAULT_TOKENS, Progress, measure_importance, training_sequences
 from export.importance_file import ImportanceMatrix, read_importance, write_importance
 from export.quant_types import file_type
 from pipeline.artifacts import sha256_json
@@ -90,8 +90,10 @@ def export_with_imatrix(
     return export(out_dir, quantizations, base_quantization, importance)
 
 
-def measuring_text(tokenizer: Path, records: Path | None, system: str | None = None) -> MeasuringText:
-    """Text from ``records`` (a train.jsonl of the prepare stage), else from the packaged cases.
+def measuring_text(
+    tokenizer: Path, records: Path | None, system: str | None = None, *, tokens: int = DEFAULT_TOKENS
+) -> MeasuringText:
+    """So many tokens of ``records`` (a train.jsonl of the prepare stage), else of the packaged cases.
 
     ``tokenizer`` is the folder whose tokenizer and chat template trained.
     """
@@ -100,7 +102,7 @@ def measuring_text(tokenizer: Path, records: Path | None, system: str | None = N
     from pipeline.sources import sample_examples
 
     examples = sample_examples(_SAMPLE_CASES) if records is None else load_examples(records)
-    sequences = training_sequences(load_chat_format(tokenizer, system), examples)
+    sequences = training_sequences(load_chat_format(tokenizer, system), examples, tokens=tokens)
     return MeasuringText(sequences, records.name if records else "medcot's packaged cases")
 
 

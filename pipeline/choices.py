@@ -92,7 +92,7 @@ def _batch(config: Config, estimator: Estimator, memory_bytes: int) -> NamedChoi
 def largest_batch(config: Config, estimator: Estimator, memory_bytes: int) -> int:
     """The largest power of two of examples of the longest kind that should fit; 0 where none does."""
     batch, largest = 1, 0
-    while batch <= 512 and estimator.training_bytes(batch) <= memory_bytes:
+    while batch <= 512 and estimator.training_memory.peak(batch) <= memory_bytes:
         largest, batch = batch, batch * 2
     return largest
 
@@ -100,7 +100,8 @@ def largest_batch(config: Config, estimator: Estimator, memory_bytes: int) -> in
 def _checkpointing(config: Config, estimator: Estimator) -> NamedChoice:
     chosen = config.training.gradient_checkpointing
     with_it, without = (
-        estimator.activation_bytes(estimator.batch_size, checkpointing) / GIBIBYTE for checkpointing in (True, False)
+        estimator.training_memory.activations(estimator.batch_size, checkpointing) / GIBIBYTE
+        for checkpointing in (True, False)
     )
     return NamedChoice(
         name="gradient checkpointing",

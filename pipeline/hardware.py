@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -31,7 +32,9 @@ class Hardware:
 
     ``free_disk_bytes`` is what is free for the run, ``cache_disk_bytes`` what is free for downloads; ``one_disk``
     says that both are the same space; ``gpu_architectures`` are those that the installed PyTorch has kernels for, such
-    as sm_75 (empty where that is not known).
+    as sm_75 (empty where that is not known). ``llama_on_gpu``: the installed llama-cpp-python computes on the GPU.
+    ``cpu_gflops`` is the CPU's float32 matrix product on a machine that is planned for from elsewhere; on this one it
+    is measured.
     """
 
     cpu: str
@@ -46,6 +49,8 @@ class Hardware:
     gpu_capability: tuple[int, int] | None
     platform: str
     gpu_architectures: tuple[str, ...] = ()
+    llama_on_gpu: bool = False
+    cpu_gflops: float | None = None
 
     @property
     def device(self) -> str:
@@ -85,6 +90,7 @@ def detect(folder: Path, cache: Path | None = None) -> Hardware:
         gpu_capability=capability,
         platform=platforms.here().name,
         gpu_architectures=architectures,
+        llama_on_gpu=bool(names) and llama_has_cuda(),
     )
 
 
@@ -93,6 +99,16 @@ def _existing(folder: Path) -> Path:
     while not folder.exists():
         folder = folder.parent
     return folder
+
+
+def llama_has_cuda() -> bool:
+    """Whether the installed llama-cpp-python was built with CUDA.
+
+    Told by its files: importing it would load CUDA, which takes memory of the GPU from whoever needs it next.
+    """
+    spec = importlib.util.find_spec("llama_cpp")
+    folders = spec.submodule_search_locations if spec else None
+    return any(list(Path(folder, "lib").glob("*ggml-cuda*")) for folder in folders or ())
 
 
 def usable_cores() -> int:

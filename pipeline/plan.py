@@ -19,15 +19,18 @@ from pipeline.base_model import base_is_here, cache_dir, load_tokenizer, local_b
 from pipeline.choices import NamedChoice, training_choices
 from pipeline.config import Config
 from pipeline.errors import MedcotError
-from pipeline.estimate import Estimator, StageEstimate, Workload, measure_cpu_gflops, steps_of
+from pipeline.estimate import Estimator
+from pipeline.feasibility import Preview, refusals
 from pipeline.hardware import Hardware, compute_dtype, detect
 from pipeline.labels import Fragment, label_verdict, loss_mask
 from pipeline.model_size import ModelSize
 from pipeline.prompts import ChatFormat
+from pipeline.setup_time import SetUp
+from pipeline.speeds import measure_cpu_gflops
+from pipeline.stage_estimate import StageEstimate, Workload, steps_of
 from pipeline.survey import Survey, survey_records, workload_of
+from pipeline.timeline import Timeline
 from pipeline.vocabulary import TransformersVocabulary
-
-_PLANNED_CPU_GFLOPS = 100.0  # two cores of a cloud Xeon with AVX-512, for machines planned from afar
 
 
 class Plan(BaseModel):
@@ -45,6 +48,7 @@ class Plan(BaseModel):
     trained_parameters: int
     cpu_gflops: float
     stages: list[StageEstimate]
+    timeline: Timeline
     memory_bytes: int
     gpu_memory_bytes: int
     disk_bytes: int
@@ -66,19 +70,27 @@ def make_plan(
     ``hardware`` is a machine to plan for instead of this one; ``stages`` are those that will run (default: all).
     """
     base = local_base(config.model.base, config.model.revision, weights=False)
-    size = ModelSize.of(base)
-    tokenizer = load_tokenizer(base)
-    vocabulary = TransformersVocabulary(tokenizer)
-    chat_format = ChatFormat(tokenizer.chat_template, vocabulary, config.prompt.system)
-    records, survey = survey_records(config, chat_format)
+    try:
+        size = ModelSize.of(base)
+        tokenizer = load_tokenizer(base)
+        vocabulary = TransformersVocabulary(tokenizer)
+        chat_format = ChatFormat(tokenizer.chat_template, vocabulary, config.prompt.system)
+        records, survey = survey_records(config, chat_format)
+    except MedcotError:
+        # What a stage says of this base is the cause, where it says anything.
+        refused = refusals(Preview(config, base), stages)
+        if refused:
+            raise MedcotError("; ".join(refused) + ".") from None
+        raise
     here = hardware is None
     hardware = hardware or detect(run_dir or Path.cwd(), cache_dir())
-    gflops = measure_cpu_gflops() if here else _PLANNED_CPU_GFLOPS
+    gflops = hardware.cpu_gflops or measure_cpu_gflops()
     dtype = compute_dtype(config.model.dtype, hardware)
     work = workload_of(config, records, survey)
     downloaded = here and base_is_here(config.model.base, config.model.revision)
     estimator = Estimator(config, size, work, hardware, gflops, dtype.value, base_is_here=downloaded)
     estimates = [each for each in estimator.stages() if stages is None or each.stage in stages]
+    timeline = Timeline.of(estimates, None if here else SetUp.on(hardware, gflops))
     steps = steps_of(config, work.train_rows)
     verdict, fault = label_verdict(chat_format, vocabulary, [record.example for record in records])
     where_it_trains = hardware.gpu_memory_bytes or hardware.available_memory_bytes
@@ -94,15 +106,17 @@ def make_plan(
         trained_parameters=size.trained(config.lora),
         cpu_gflops=round(gflops, 1),
         stages=estimates,
+        timeline=timeline,
         memory_bytes=hardware.available_memory_bytes,
         gpu_memory_bytes=hardware.gpu_memory_bytes,
         disk_bytes=hardware.free_disk_bytes,
         cache_disk_bytes=hardware.cache_disk_bytes,
         example=loss_mask(chat_format, vocabulary, records[0].example) if records else [],
         verdict=verdict,
-        notes=fit.notes(hardware, survey, estimates),
+        notes=fit.notes(config, hardware, survey, estimates, timeline),
         problems=[
             *([fault] if fault else []),
+            *refusals(Preview(config, base, records), stages),
             *fit.problems(config, hardware, survey, work, estimator, estimates),
         ],
     )

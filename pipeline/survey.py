@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from pipeline.config import Config
 from pipeline.distributions import distribution
-from pipeline.estimate import Workload
+from pipeline.stage_estimate import Workload
 from pipeline.prompts import ChatFormat
 from pipeline.records import Record, Rejected, usable_record
 from pipeline.results import Distribution

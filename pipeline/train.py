@@ -29,7 +29,8 @@ from pipeline.checkpoints import (
 )
 from pipeline.config import Config
 from pipeline.errors import MedcotError
-from pipeline.estimate import Estimator, Workload
+from pipeline.estimate import Estimator
+from pipeline.stage_estimate import Workload
 from pipeline.hardware import Hardware, compute_dtype, detect
 from pipeline.model_size import ModelSize
 from pipeline.prepare import EVAL_FILE, TRAIN_FILE

@@ -8,10 +8,12 @@ import pytest
 from test_model_size import LLAMA_2_7B, LLAMA_8B, LLAMA_70B, TINYLLAMA
 
 from pipeline.config import Config, load_config
-from pipeline.estimate import Estimator, Workload, measure_cpu_gflops
+from pipeline.estimate import Estimator
 from pipeline.hardware import Hardware
 from pipeline.machines import MACHINES
 from pipeline.model_size import ModelSize
+from pipeline.speeds import measure_cpu_gflops
+from pipeline.stage_estimate import Workload
 
 GB = 1e9
 T4 = MACHINES["kaggle-t4"]
@@ -52,13 +54,13 @@ def test_gpu_memory_is_within_a_quarter_of_unsloth_s_table(
     architecture: dict[str, int], gigabytes: float, tokens: int
 ) -> None:
     config = load_config("deepseek-r1-8b", ["lora.r=32", "training.batch_size=1", "model.max_seq_length=131072"])
-    estimated = estimator(config, architecture, workload(tokens)).training_bytes(1) / GB
+    estimated = estimator(config, architecture, workload(tokens)).training_memory.in_step(1) / GB
     assert estimated == pytest.approx(gigabytes, rel=0.25)
 
 
 # huggingface.co/blog/unsloth-trl: Llama-2 7B, QLoRA with rank 16, batch 2, on a T4; Alpaca's examples are short.
 def test_gpu_memory_is_within_a_quarter_of_a_published_t4_run() -> None:
-    estimated = estimator(load_config("deepseek-r1-8b"), LLAMA_2_7B, workload(150, 512)).training_bytes(2) / GB
+    estimated = estimator(load_config("deepseek-r1-8b"), LLAMA_2_7B, workload(150, 512)).training_memory.in_step(2) / GB
     assert estimated == pytest.approx(6.4, rel=0.25)
 
 
@@ -82,8 +84,8 @@ def test_two_gpus_share_the_work_of_a_step() -> None:
 
 
 def test_the_8b_preset_fits_a_t4_and_a_batch_of_64_does_not() -> None:
-    at_work = estimator(load_config("deepseek-r1-8b"), LLAMA_8B, workload(750, 2048))
-    small, large = at_work.training_bytes(2), at_work.training_bytes(64)
+    memory = estimator(load_config("deepseek-r1-8b"), LLAMA_8B, workload(750, 2048)).training_memory
+    small, large = memory.peak(2), memory.peak(64)
     assert 6 * GB < small < T4.gpu_memory_bytes < large
 
 
