@@ -14,6 +14,7 @@ from pathlib import Path
 from pipeline.config import Config
 from pipeline.errors import MedcotError
 from pipeline.records import Record
+from pipeline.run import STAGES
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,6 @@ class Preview:
 
 def refusals(preview: Preview, stages: Sequence[str] | None) -> list[str]:
     """What the named stages (default: all) would refuse, each sentence once."""
-    from pipeline.run import STAGES  # which starts the plan's process
-
     found: list[str] = []
     for stage in STAGES:
         if stage.check is not None and (stages is None or stage.name in stages):
