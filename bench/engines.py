@@ -29,6 +29,7 @@ from pipeline.errors import MedcotError
 from pipeline.hardware import usable_cores
 from pipeline.prompts import ChatFormat
 from pipeline.sampling import DEFAULT_TEMPERATURE, DEFAULT_TOP_P
+from pipeline.tokenizer_files import has_tokenizer
 from pipeline.vocabulary import TransformersVocabulary
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -258,7 +259,9 @@ class TransformersEngine:
 
     def __init__(self, base: Path, adapter: Path | None, settings: Settings) -> None:
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
+
+        from pipeline.base_model import load_tokenizer
 
         if settings.threads is not None or not torch.cuda.is_available():
             torch.set_num_threads(settings.thread_count)
@@ -273,10 +276,10 @@ class TransformersEngine:
                 quantization_config=_four_bit(torch) if in_4bit else None,
                 device_map={"": 0} if in_4bit else None,
             )
-            with_tokenizer = adapter if adapter and (adapter / "tokenizer.json").is_file() else base
-            self._tokenizer = AutoTokenizer.from_pretrained(with_tokenizer)
         except (OSError, ValueError) as error:
             raise MedcotError(f"transformers cannot load {base}: {str(error).splitlines()[0]}") from error
+        with_tokenizer = adapter if adapter and has_tokenizer(adapter) else base
+        self._tokenizer = load_tokenizer(with_tokenizer)
         if adapter is not None:
             model = _with_adapter(model, adapter, merge=not in_4bit)
         self._model = model.eval() if in_4bit else model.to(self._device).eval()
@@ -290,8 +293,6 @@ class TransformersEngine:
     @cached_property
     def chat_format(self) -> ChatFormat:
         template = self._tokenizer.chat_template
-        if not isinstance(template, str):
-            raise MedcotError("The tokenizer holds no chat template: it is not a chat model.")
         check_template(self._recipe, template, str(self._with_tokenizer))
         return ChatFormat(template, TransformersVocabulary(self._tokenizer), self._system)
 

@@ -22,7 +22,8 @@ from bench.run_folder import Run
 from bench.sections.evaluation import CHOICE_TITLE, COMPARISON_TITLE
 from bench.sections.quality import TITLE as QUALITY_TITLE
 from bench.sections.speed import TITLE as SPEED_TITLE
-from pipeline.base_model import PACKAGE_PREFIX, cache_dir
+from pipeline.base_model import PACKAGE_PREFIX
+from pipeline.cache import cache_dir
 from pipeline.config import Config
 from pipeline.results import Verification
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.run_folder import Run, StageState
-from pipeline.base_model import PACKAGE_PREFIX, cache_dir
+from pipeline.base_model import PACKAGE_PREFIX
+from pipeline.cache import cache_dir
 from pipeline.config import Config
 
 _OTHER_MACHINES = (r"/home/[^/\s]+", r"/Users/[^/\s]+", "/root", "/kaggle", "/content")

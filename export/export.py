@@ -26,13 +26,14 @@ from export.packages import write_modelfile
 from export.quant_types import file_type
 from export.quantizers.choice import chooser
 from export.stream import Output, Progress, Role, tensors_by_shard, write_files
-from export.tokenizer_metadata import TOKENIZER_FILES, Vocabulary, read_vocabulary, with_special_ids
+from export.tokenizer_metadata import Vocabulary, read_vocabulary, with_special_ids
 from export.weights import BaseWeights, open_base
 from pipeline.adapter_recipe import RECIPE_NAME, check_template, read_recipe
 from pipeline.artifacts import atomic_path
 from pipeline.config import Config
 from pipeline.errors import MedcotError
 from pipeline.results import ExportedFile, ExportedModels
+from pipeline.tokenizer_files import has_tokenizer
 
 if TYPE_CHECKING:
     from export.hub_files import DownloadProgress
@@ -206,7 +207,7 @@ def export_models(
 def tokenizer_folder(base: Path, adapter: Adapters) -> Path:
     """The folder whose tokenizer trained: the first adapter's that has one beside it, else the base's."""
     for each in _weighted(adapter):
-        if any((each.folder / file).is_file() for file in TOKENIZER_FILES):
+        if has_tokenizer(each.folder):
             return each.folder
     return base
 

@@ -18,10 +18,19 @@ from gguf import TokenType
 from pipeline.errors import MedcotError
 from pipeline.json_files import read_json
 from pipeline.prompts import ChatFormat
+from pipeline.tokenizer_files import (
+    CHAT_TEMPLATE,
+    SENTENCEPIECE_MODEL,
+    SPECIAL_ROLES,
+    TOKENIZER_CONFIG,
+    TOKENIZER_JSON,
+    complete_tokenizer,
+    default_chat_template,
+    numbered_tokens,
+    special_token_ids,
+)
 from pipeline.vocabulary import NORMALIZER_KEY
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-_SPECIAL_ROLES = ("bos", "eos", "unk", "pad")
 _ADDED_SCORE = -1000.0
 _PADDING_SCORE = -10000.0
 
@@ -151,31 +160,29 @@ def _with_end_of_turn(vocabulary: Vocabulary) -> Vocabulary:
 
 
 def _read_vocabulary(folder: Path, size: int) -> Vocabulary:
-    config = _optional_json(folder / "tokenizer_config.json")
-    description = _optional_json(folder / "tokenizer.json")
+    complete = complete_tokenizer(folder)
+    description = read_json(complete / TOKENIZER_JSON)
     model = description.get("model", {})
-    if model and model.get("type") != "BPE":
-        path, kind = folder / "tokenizer.json", model.get("type")
+    if model.get("type") != "BPE":
+        path, kind = folder / TOKENIZER_JSON, model.get("type")
         raise MedcotError(f"{path} is a {kind} tokenizer; export writes BPE and SentencePiece.")
-    if model and not model.get("byte_fallback"):
-        return _byte_level_bpe(folder, config, description, size)
-    # tokenizer.json comes first, because it is what transformers trained with: made from a tokenizer.model
-    # alone, transformers 5.17 merges runs of spaces otherwise than SentencePiece does.
-    if model:
-        return _sentencepiece(folder, config, description, _pieces_of_description(description), size)
-    if (folder / "tokenizer.model").is_file():
-        return _sentencepiece(folder, config, description, _pieces_of_model(folder), size)
-    raise MedcotError(f"{folder} holds no {' or '.join(TOKENIZER_FILES)}: the tokenizer is missing.")
+    if not model.get("byte_fallback"):
+        return _byte_level_bpe(folder, description, size)
+    # A tokenizer.json that was made of tokenizer.model does the same as that, and only there are the scores.
+    if complete != folder and not (folder / TOKENIZER_JSON).is_file():
+        return _sentencepiece(folder, description, numbered_tokens(folder), _pieces_of_model(folder), size)
+    added = {token["id"]: token for token in description.get("added_tokens", [])}
+    return _sentencepiece(folder, description, added, _pieces_of_description(description), size)
 
 
 def with_special_ids(vocabulary: Vocabulary, model_config: Mapping[str, Any]) -> Vocabulary:
     """The vocabulary with the special ids that only the model's config.json numbers (Qwen2's BOS)."""
-    numbered = {role: model_config.get(f"{role}_token_id") for role in _SPECIAL_ROLES}
+    numbered = {role: model_config.get(f"{role}_token_id") for role in SPECIAL_ROLES}
     known = {role: number for role, number in numbered.items() if isinstance(number, int)}
     return replace(vocabulary, special_ids=known | vocabulary.special_ids)
 
 
-def _byte_level_bpe(folder: Path, config: Mapping[str, Any], description: Mapping[str, Any], size: int) -> Vocabulary:
+def _byte_level_bpe(folder: Path, description: Mapping[str, Any], size: int) -> Vocabulary:
     pre = _pre_tokenizer_name(folder, description)
     texts: dict[int, str] = {index: text for text, index in description["model"]["vocab"].items()}
     types = dict.fromkeys(texts, TokenType.NORMAL)
@@ -183,8 +190,8 @@ def _byte_level_bpe(folder: Path, config: Mapping[str, Any], description: Mappin
         texts[token["id"]] = token["content"]
         types[token["id"]] = _added_type(token)
     tokens, token_types = _padded(folder, texts, types, size)
-    special = _special_ids(folder, config, {text: index for index, text in texts.items()})
-    add_bos, add_eos = _added_by_template(description, config, special, texts)
+    special = _special_ids(folder, {text: index for index, text in texts.items()})
+    add_bos, add_eos = _added_by_template(description, special, texts)
     if pre == "qwen2" and add_bos:
         # The same rule by another name: llama.cpp's converter knows tokenizers by a hash of ids, BOS among them.
         pre = "deepseek-r1-qwen"
@@ -199,7 +206,7 @@ def _byte_level_bpe(folder: Path, config: Mapping[str, Any], description: Mappin
         add_bos=add_bos,
         add_eos=add_eos,
         add_space_prefix=False,
-        chat_template=_chat_template(folder, config),
+        chat_template=_chat_template(folder),
         normalizer=(description.get("normalizer") or {}).get("type"),
     )
 
@@ -208,18 +215,16 @@ Pieces = dict[int, tuple[str, float, TokenType]]
 
 
 def _sentencepiece(
-    folder: Path, config: Mapping[str, Any], description: Mapping[str, Any], pieces: Pieces, size: int
+    folder: Path, description: Mapping[str, Any], added: Mapping[int, Mapping[str, Any]], pieces: Pieces, size: int
 ) -> Vocabulary:
-    added = {int(index): token for index, token in (config.get("added_tokens_decoder") or {}).items()}
-    added |= {token["id"]: token for token in description.get("added_tokens", [])}
     for index, token in added.items():
         known = pieces.get(index)
         if known is None or known[2] is not TokenType.UNKNOWN:
             pieces[index] = (token["content"], _ADDED_SCORE, _added_type(token))
     texts = {index: text for index, (text, _, _) in pieces.items()}
     tokens, types = _padded(folder, texts, {index: kind for index, (_, _, kind) in pieces.items()}, size)
-    special = _special_ids(folder, config, {text: index for index, text in texts.items()})
-    add_bos, add_eos = _added_by_template(description, {"add_bos_token": True, **config}, special, texts)
+    special = _special_ids(folder, {text: index for index, text in texts.items()})
+    add_bos, add_eos = _added_by_template(description, special, texts)
     return Vocabulary(
         model="llama",
         pre="default",
@@ -230,8 +235,8 @@ def _sentencepiece(
         special_ids=special,
         add_bos=add_bos,
         add_eos=add_eos,
-        add_space_prefix=_adds_space(description, config),
-        chat_template=_chat_template(folder, config),
+        add_space_prefix=_adds_space(description),
+        chat_template=_chat_template(folder),
     )
 
 
@@ -239,7 +244,7 @@ def _pieces_of_model(folder: Path) -> Pieces:
     """Text, score and type of each piece of a SentencePiece model file."""
     from sentencepiece import SentencePieceProcessor
 
-    path = folder / "tokenizer.model"
+    path = folder / SENTENCEPIECE_MODEL
     try:
         model = SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
@@ -339,36 +344,22 @@ def _padded(
     )
 
 
-def _special_ids(folder: Path, config: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, int]:
+def _special_ids(folder: Path, ids: Mapping[str, int]) -> dict[str, int]:
     """Ids of bos, eos, unk and pad, as tokenizer_config.json names them or else config.json numbers them."""
-    model_config = _optional_json(folder / "config.json")
-    special = {}
-    for role in _SPECIAL_ROLES:
-        named = config.get(f"{role}_token")
-        text = named.get("content") if isinstance(named, dict) else named
-        if isinstance(text, str):
-            if text not in ids:
-                raise MedcotError(f"{folder}: {role}_token is {text!r}, which is not in the vocabulary.")
-            special[role] = ids[text]
-        elif isinstance(model_config.get(f"{role}_token_id"), int):
-            special[role] = model_config[f"{role}_token_id"]
+    path = folder / "config.json"
+    model_config = read_json(path) if path.is_file() else {}
+    numbered = {role: model_config.get(f"{role}_token_id") for role in SPECIAL_ROLES}
+    special = {role: number for role, number in numbered.items() if isinstance(number, int)}
+    special |= special_token_ids(folder, ids)
     if "eos" not in special:
-        raise MedcotError(f"{folder / 'tokenizer_config.json'} names no eos_token: the model could not end its turn.")
+        raise MedcotError(f"{folder / TOKENIZER_CONFIG} names no eos_token: the model could not end its turn.")
     return special
 
 
 def _added_by_template(
-    description: Mapping[str, Any],
-    config: Mapping[str, Any],
-    special: Mapping[str, int],
-    texts: Mapping[int, str],
+    description: Mapping[str, Any], special: Mapping[str, int], texts: Mapping[int, str]
 ) -> tuple[bool, bool]:
-    """Whether the tokenizer puts BOS before a text and EOS behind it.
-
-    The post-processor says what really happens; without tokenizer.json the configuration has to be believed.
-    """
-    if not description:
-        return bool(config.get("add_bos_token", False)), bool(config.get("add_eos_token", False))
+    """Whether the tokenizer puts BOS before a text and EOS behind it."""
     post_processor = description.get("post_processor") or {}
     for step in post_processor.get("processors", [post_processor]):
         if step.get("type") == "TemplateProcessing":
@@ -378,10 +369,8 @@ def _added_by_template(
     return False, False
 
 
-def _adds_space(description: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-    """Whether a SentencePiece tokenizer puts a space before the first word; tokenizer.json decides."""
-    if not description:
-        return bool(config.get("add_prefix_space", True))
+def _adds_space(description: Mapping[str, Any]) -> bool:
+    """Whether a SentencePiece tokenizer puts a space before the first word."""
     pre_tokenizer = description.get("pre_tokenizer") or {}
     if pre_tokenizer.get("type") == "Metaspace":
         return bool(pre_tokenizer.get("prepend_scheme") != "never")
@@ -393,16 +382,8 @@ def _merge_text(merge: str | list[str]) -> str:
     return merge if isinstance(merge, str) else " ".join(merge)
 
 
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str:
-    """The template that transformers would use: chat_template.jinja before the configuration's own."""
-    path = folder / "chat_template.jinja"
-    template = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
-    if isinstance(template, list):
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
-    if not isinstance(template, str) or not template:
-        raise MedcotError(f"{folder} holds no chat template (chat_template.jinja): the GGUF could not be chatted with.")
+def _chat_template(folder: Path) -> str:
+    template = default_chat_template(folder)
+    if template is None:
+        raise MedcotError(f"{folder} holds no chat template ({CHAT_TEMPLATE}): the GGUF could not be chatted with.")
     return template
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}

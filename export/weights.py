@@ -194,7 +194,7 @@ def open_base(
         return BaseWeights(Path(base))
     from export.hub_files import HubRepository, HubUnreachable
     from export.hub_shards import ShardFolder, open_shards
-    from pipeline.base_model import cache_dir
+    from pipeline.cache import cache_dir
 
     try:
         repository = HubRepository(base, revision, endpoint=endpoint)

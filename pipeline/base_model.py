@@ -9,29 +9,31 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import sha256_json
+from pipeline.cache import cache_dir, made_once
 from pipeline.errors import MedcotError
+from pipeline.json_files import read_json
 from pipeline.prompts import ChatFormat
+from pipeline.tokenizer_conversion import PROBE_TEXTS
+from pipeline.tokenizer_files import (
+    CHAT_TEMPLATE,
+    TOKENIZER_JSON,
+    complete_tokenizer,
+    default_chat_template,
+    has_tokenizer,
+    special_token_ids,
+    tokenizer_json_ids,
+)
 from pipeline.vocabulary import TransformersVocabulary
 
 PACKAGE_PREFIX = "package:"
 # Raise when the conversion below changes, so that cached folders are made again.
 CONVERSION_VERSION = 1
-TOKENIZER_FILES = ["*.json", "*.jinja", "tokenizer.model"]
+TOKENIZER_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt"]
 _CONTROL_TOKEN_TYPE = 3  # gguf.TokenType.CONTROL
-
-
-def cache_dir() -> Path:
-    """Folder for things that are expensive to make and safe to delete ($MEDCOT_CACHE, else the user's cache)."""
-    if "MEDCOT_CACHE" in os.environ:
-        return Path(os.environ["MEDCOT_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "medcot"
 
 
 def base_identity(base: str, revision: str | None) -> dict[str, Any]:
@@ -67,10 +69,9 @@ def local_base(base: str, revision: str | None = None, *, weights: bool = True) 
         return _from_package(base)
     folder = Path(base)
     if folder.is_dir():
-        suffices = ("config.json",) if weights else ("config.json", "tokenizer.json", "tokenizer.model")
-        if not any((folder / name).is_file() for name in suffices):
-            raise MedcotError(f"{folder} holds no model: there is no {' and no '.join(suffices)}.")
-        return folder
+        if (folder / "config.json").is_file() or (not weights and has_tokenizer(folder)):
+            return folder
+        raise MedcotError(f"{folder} holds no model: there is no config.json{'' if weights else ' and no tokenizer'}.")
     if folder.is_absolute() or base.startswith(".") or base.count("/") != 1:
         raise MedcotError(
             f"There is no base model '{base}': name a hub id (owner/name), a folder with config.json, "
@@ -94,18 +95,38 @@ def base_is_here(base: str, revision: str | None = None) -> bool:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The fast tokenizer in ``folder``; raises MedcotError when there is none or it has no chat template."""
-    from transformers import AutoTokenizer
+    """The tokenizer in ``folder`` as its tokenizer.json describes it, with its default chat template.
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise MedcotError(f"{folder} holds no usable tokenizer: {str(error).splitlines()[0]}") from error
-    if not tokenizer.chat_template:
+    The same for every stage (``pipeline/tokenizer_files.py``); raises MedcotError when there is none, when it has no
+    chat template, or when transformers makes other ids of a text than tokenizer.json does.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    complete = complete_tokenizer(folder)
+    template = default_chat_template(complete)
+    if template is None:
         raise MedcotError(
             f"The tokenizer in {folder} has no chat template: use an instruction-tuned base, "
-            "or put a chat_template.jinja beside it."
+            f"or put a {CHAT_TEMPLATE} beside it."
         )
+    path = complete / TOKENIZER_JSON
+    special_token_ids(complete, tokenizer_json_ids(read_json(path)))  # refuses names that are no tokens
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(complete)
+        described = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises Exception itself for a file it cannot read
+        raise MedcotError(f"{folder} holds no usable tokenizer: {str(error).splitlines()[0]}") from error
+    tokenizer.chat_template = template
+    described.no_truncation()
+    described.no_padding()
+    for text in PROBE_TEXTS:
+        found = tokenizer(text, add_special_tokens=False).input_ids
+        if found != described.encode(text, add_special_tokens=False).ids:
+            raise MedcotError(
+                f"transformers makes other tokens of {text!r} than {path} says: {found}. Its tokenizer_config.json "
+                "changes the tokenizer; copy that file from the original model."
+            )
     return tokenizer
 
 
@@ -152,26 +173,7 @@ def _from_package(base: str) -> Path:
     source = _package_file(base)
     key = sha256_json([base_identity(base, None), importlib.metadata.version("transformers")])[:16]
     folder = cache_dir() / "base" / f"{source.stem}-{key}"
-    if (folder / "config.json").is_file():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise MedcotError(f"{folder.parent} cannot be written ({error.strerror}): set MEDCOT_CACHE.") from error
-    try:
-        _convert_gguf(source, temporary)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            # Another process finished the same conversion first; its folder is as good.
-            if not (folder / "config.json").is_file():
-                raise
-    except OSError as error:
-        raise MedcotError(f"{source.name} cannot be converted into {folder.parent}: {error}.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+    return made_once(folder, "config.json", lambda into: _convert_gguf(source, into))
 
 
 def _convert_gguf(source: Path, folder: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from pipeline import platforms
-from pipeline.base_model import cache_dir
+from pipeline.cache import cache_dir
 from pipeline.hardware import GIBIBYTE, Hardware, compute_dtype, detect, has_kernels
 from pipeline.platforms import Platform
 

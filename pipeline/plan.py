@@ -15,7 +15,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from pipeline import fit
-from pipeline.base_model import base_is_here, cache_dir, load_tokenizer, local_base
+from pipeline.base_model import base_is_here, load_tokenizer, local_base
+from pipeline.cache import cache_dir
 from pipeline.choices import NamedChoice, training_choices
 from pipeline.config import Config
 from pipeline.errors import MedcotError

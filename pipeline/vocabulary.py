@@ -54,7 +54,8 @@ class TransformersVocabulary:
         description["added_tokens"] = [token for token in added if _is_white_space(token["content"])]
         # Without a place in the model's own vocabulary they would get the ids of the tokens that were removed.
         description["model"]["vocab"] |= {token["content"]: token["id"] for token in description["added_tokens"]}
-        description["post_processor"] = None
+        # A length that was set once when the tokenizer was saved would cut records here.
+        description["post_processor"] = description["truncation"] = description["padding"] = None
         self._text = Tokenizer.from_str(json.dumps(description))
         # What a template writes around the contents is the same for every record: two thirds of all calls.
         self._short_ids = functools.lru_cache(maxsize=1024)(self._ids)

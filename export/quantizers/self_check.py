@@ -19,7 +19,7 @@ from gguf import GGMLQuantizationType as T
 from export import ggml
 from export.quantizers.kernel import Importance, Packed, Rows
 from pipeline.artifacts import package_versions, sha256_file, sha256_json, write_json
-from pipeline.base_model import cache_dir
+from pipeline.cache import cache_dir
 
 Pack = Callable[[Rows, Importance | None, Packed], None]
 _COLUMNS, _DRAWN_ROWS = 1024, 224

@@ -35,7 +35,7 @@ from threadpoolctl import threadpool_limits
 from export.lora import LoraAdapter
 from export.quantizers.quantize import quantize
 from export.weights import BaseWeights
-from pipeline.base_model import cache_dir
+from pipeline.cache import cache_dir
 from pipeline.hardware import usable_cores
 from pipeline.memory import keep_freed_memory
 
