@@ -33,6 +33,4 @@ def evaluation_problems(preview: Preview) -> list[str]:
 def bench_problems(preview: Preview) -> list[str]:
     bench = preview.config.bench
     depths = tuple(depth for depth in bench.depths if depth > 0)
-    return refusal_of(
-        lambda: needed_context(depths, bench.prompt_tokens, bench.generated_tokens, bench.context_tokens)
-    )
+    return refusal_of(lambda: needed_context(depths, bench.prompt_tokens, bench.generated_tokens, bench.context_tokens))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from export.architecture import Architecture, read_architecture
@@ -20,7 +21,7 @@ from pipeline.feasibility import Preview, refusal_of
 def export_problems(preview: Preview) -> list[str]:
     """Sentences about types, architecture, rotary scaling, tokenizer, template, local weights, importance matrix."""
     config, base = preview.config, preview.base
-    found = [each for name in config.export.quantizations for each in refusal_of(lambda name=name: file_type(name))]
+    found = [each for name in config.export.quantizations for each in refusal_of(partial(file_type, name))]
     try:
         architecture = read_architecture(base)
     except MedcotError as error:

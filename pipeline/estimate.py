@@ -161,14 +161,14 @@ class Estimator:
         seconds += (_COMPILE_GUIDED_SECONDS if guided else _COMPILE_SECONDS) * self.hardware.cores / cores
         memory = _EXPORT_BYTES + self.size.trained(self.config.lora) * 4
         if export.imatrix == "auto":
-            memory = max(memory, self._file("Q4_K_M") + _MEASURING_BYTES)
+            memory = max(memory, self.file_bytes("Q4_K_M") + _MEASURING_BYTES)
             seconds += _IMPORT_SECONDS + written(["Q4_K_M"], False)
             seconds += export.imatrix_tokens * (self.speed.prompt_seconds() or 0)
         return StageEstimate(
             stage="export",
             seconds=seconds,
             memory_bytes=int(memory),
-            disk_bytes=int(sum(map(self._file, self._files))),
+            disk_bytes=int(sum(map(self.file_bytes, self._files))),
         )
 
     def verify(self) -> StageEstimate:
@@ -206,7 +206,7 @@ class Estimator:
         read = models * (rows + choices) * 2 * self.work.mean_tokens
         on_gpu, llama_on_gpu = self.hardware.device == "cuda", self.hardware.llama_on_gpu
         engine = answer_engine(evaluation.engine, has_gpu=on_gpu, llama_on_gpu=llama_on_gpu).value
-        shipped = self._file(export.ship)
+        shipped = self.file_bytes(export.ship)
         gpu_memory, starting = 0.0, 6.0
         if engine == "transformers" and on_gpu:
             in_4bit = self.config.model.load_in_4bit
@@ -221,7 +221,9 @@ class Estimator:
             gpu_memory = max(gpu_memory, shipped + CACHE_BYTES + _CUDA_BYTES)
         reading = self.speed.prompt_seconds(on_gpu=llama_on_gpu)
         known = token is not None and reading is not None
-        at_once = 1 if llama_on_gpu else models
+        # Both models at once where they take less than half of the memory (bench/evaluation_processes.py).
+        both_fit = models * shipped < self.hardware.available_memory_bytes / 2
+        at_once = models if both_fit and not llama_on_gpu else 1
         return StageEstimate(
             stage="evaluate",
             seconds=starting + written * (token or 0) + read * (reading or 0) if known else None,
@@ -238,13 +240,13 @@ class Estimator:
         # Each depth is filled for prompt and generation.
         behind = sum(2 * depth + bench.repeats * bench.prompt_tokens for depth in deeper)
         reading = self.speed.prompt_seconds(on_gpu=on_gpu)
-        tokens = [self.speed.token_seconds(self._file(name), on_gpu=on_gpu) for name in self._files]
+        tokens = [self.speed.token_seconds(self.file_bytes(name), on_gpu=on_gpu) for name in self._files]
         seconds = 7.0  # the stage's own start, and the memory's speed
         for token in tokens:
             # Once evaluated and once sampled at depth 0, once evaluated at the others.
             seconds += 3 + (prompts + behind) * (reading or 0)
             seconds += (2 + len(deeper)) * generated * (token or 0)
-        largest = max(map(self._file, self._files))
+        largest = max(map(self.file_bytes, self._files))
         memory = largest + 0.15 * GIBIBYTE
         if bench.transformers:
             seconds += _IMPORT_SECONDS + prompts * self.speed.float32_forward_seconds()
@@ -253,7 +255,7 @@ class Estimator:
         compared = self.config.export.quantizations
         # Beside each file llama.cpp's and our own logits of 512 positions.
         logits = 2 * 512 * 4 * self.size.vocabulary
-        together = sum(self._file(name) + 0.15 * GIBIBYTE + logits for name in compared)
+        together = sum(self.file_bytes(name) + 0.15 * GIBIBYTE + logits for name in compared)
         if bench.quality_records and len(compared) > 1 and together < 0.9 * self.hardware.memory_bytes:
             read = len(compared) * min(bench.quality_records, self.work.eval_rows) * self.work.mean_tokens
             seconds += 4 + read * ((reading or 0) + self.size.vocabulary * _SECONDS_PER_COMPARED_LOGIT)
@@ -275,7 +277,8 @@ class Estimator:
         export = self.config.export
         return [*export.quantizations, *([export.ship] if export.include_base else [])]
 
-    def _file(self, quantization: str) -> float:
+    def file_bytes(self, quantization: str) -> float:
+        """About how large the GGUF gets."""
         return file_bytes(quantization, self.size)
 
     def _step_tokens(self) -> float:

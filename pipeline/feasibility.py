@@ -21,8 +21,8 @@ from pipeline.run import STAGES
 class Preview:
     """What is known before anything is made.
 
-    ``base`` is a folder with the base's config.json and tokenizer, perhaps its weights; ``records`` are the first usable
-    ones of the data, None where they could not be read.
+    ``base`` is a folder with the base's config.json and tokenizer, perhaps its weights; ``records`` are the first
+    usable ones of the data, None where they could not be read.
     """
 
     config: Config

@@ -62,8 +62,8 @@ class Stage:
     ``function`` is "module:name", imported only in the stage's process; ``settings`` are the dotted keys of the
     configuration that its output depends on, but for those of them in ``free``; ``packages`` the distributions
     whose versions matter; ``environment`` what its process finds set unless the user has set it; ``module`` is what
-    its process runs; ``on_gpu`` says that it may see a GPU, whose memory the others leave to whoever needs it; ``check``
-    is "module:name" of what says before the run what the stage would refuse (pipeline/feasibility.py).
+    its process runs; ``on_gpu`` says that it may see a GPU, whose memory the others leave to whoever needs it;
+    ``check`` is "module:name" of what says before the run what the stage would refuse (pipeline/feasibility.py).
     """
 
     name: str

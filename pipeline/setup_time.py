@@ -1,7 +1,7 @@
-"""What set-up takes on a machine where medcot is not installed yet: packages, and llama.cpp compiled from source.
+"""What set-up takes on a machine with a GPU where medcot is not installed yet: packages, and compiling llama.cpp.
 
-The build for the CPU comes before the run. The build with CUDA is made next to training, whose work is the GPU's; what
-of it is not done when training ends is made next to export and verification, on the cores that they use.
+The run begins when the packages are there. llama.cpp is compiled next to training, whose work is the GPU's: first for
+the CPU, which export waits for, then with CUDA, which evaluation waits for (pipeline/llama_background.py).
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ _CPU_BUILD, _CUDA_BUILD = 9 * 60.0, 33 * 60.0
 
 
 class SetUp(BaseModel):
-    """Seconds; ``cuda`` is 0 where llama.cpp is not built with CUDA. A later session that finds the wheels needs less."""
+    """Seconds; ``cuda_build`` is 0 where llama.cpp is not built with CUDA.
+
+    A later session that finds the wheels of this one needs neither build.
+    """
 
     model_config = ConfigDict(frozen=True)
     packages: float
-    llama: float
-    cuda: float = 0.0
+    cpu_build: float
+    cuda_build: float
 
     @classmethod
     def on(cls, hardware: Hardware, cpu_gflops: float) -> SetUp:
@@ -31,10 +34,10 @@ class SetUp(BaseModel):
         measured_cores = cpu_gflops / MEASURED_CORE_GFLOPS * SECOND_THREAD
         return cls(
             packages=_PACKAGES_SECONDS,
-            llama=_CPU_BUILD / measured_cores,
-            cuda=_CUDA_BUILD / measured_cores if hardware.llama_on_gpu else 0.0,
+            cpu_build=_CPU_BUILD / measured_cores,
+            cuda_build=_CUDA_BUILD / measured_cores if hardware.llama_on_gpu else 0.0,
         )
 
     @property
-    def before_the_run(self) -> float:
-        return self.packages + self.llama
+    def builds(self) -> float:
+        return self.cpu_build + self.cuda_build

@@ -1,4 +1,4 @@
-"""When what is ready: the GGUF, and the whole run, with set-up's build of llama.cpp running next to the first stages."""
+"""When the GGUF is ready and the whole run done, while set-up's builds of llama.cpp run next to the first stages."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _SHARED = SECOND_THREAD / 2
 
 
 class Timeline(BaseModel):
-    """Seconds from the run's start; None where a stage's time is not known or the GGUF is not made.
+    """Seconds from the run's start; None where a stage's time is not known, or the GGUF is not made.
 
-    ``setup`` is what comes before on a machine where medcot is not installed yet; ``build_left`` is how long the build
-    of llama.cpp with CUDA goes on after training when nothing else runs.
+    ``setup`` is what comes before, and next to it, on a machine where medcot is not installed yet; ``build_left`` is
+    what of its builds is left when export begins.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -37,14 +37,19 @@ class Timeline(BaseModel):
             return None if None in found else sum(each or 0 for each in found)
 
         begun, exported, whole = together(_BEFORE_EXPORT), together(_UNTIL_THE_GGUF), together(list(seconds))
-        left = 0.0 if setup is None or begun is None else max(0.0, setup.cuda - begun)
-        # Next to export and verification the build has half of what the core's two threads do together.
-        done = left if 2 * left * _SHARED <= (exported or 0) else (exported or 0) / _SHARED / 2
-        gguf_later = 2 * done * (1 - _SHARED)
-        ready = begun is not None and exported is not None and set(_UNTIL_THE_GGUF) <= set(seconds)
+        if begun is None or exported is None:
+            return cls(setup=setup, build_left=0, gguf_seconds=None, seconds=None)
+        waited = left = 0.0
+        if setup is not None:
+            waited = max(0.0, setup.cpu_build - begun)
+            left = max(0.0, setup.builds - begun - waited)
+        # Next to export and verification the build has half of what a core's two threads do together.
+        done = min(left, exported / _SHARED / 2)
+        ready = begun + waited + exported + 2 * done * (1 - _SHARED)
+        measured = None if whole is None else whole - begun - exported
         return cls(
             setup=setup,
             build_left=left,
-            gguf_seconds=(begun or 0) + (exported or 0) + gguf_later if ready else None,
-            seconds=None if whole is None else whole + gguf_later + (left - done),
+            gguf_seconds=ready if set(_UNTIL_THE_GGUF) <= set(seconds) else None,
+            seconds=None if measured is None else ready + left - done + measured,
         )

@@ -24,7 +24,7 @@ _AUTO_BATCH_SHARE = 0.8  # of the memory: an estimate can be off by a quarter
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """``longest`` is the longest example's tokens, ``steps`` the optimizer steps, ``weight_bytes`` those of a weight."""
+    """``longest``: tokens of the longest example; ``steps``: optimizer steps; ``weight_bytes``: of one loaded weight."""
 
     config: Config
     size: ModelSize
