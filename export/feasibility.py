@@ -8,8 +8,7 @@ from pathlib import Path
 from export.architecture import Architecture, read_architecture
 from export.checkpoint_match import check_tensors
 from export.checkpoint_shards import INDEX_NAME, SINGLE_NAME
-from export.importance_file import read_importance
-from export.measured_export import AUTO, NONE
+from export.importance_file import AUTO, NONE, read_importance
 from export.quant_types import file_type
 from export.tokenizer_metadata import read_vocabulary
 from export.weights import BaseWeights

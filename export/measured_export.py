@@ -17,15 +17,13 @@ from typing import Protocol
 
 from export.ggml import IGNORES_IMPORTANCE
 from export.importance import DEFAULT_TOKENS, Progress, measure_importance, training_sequences
-from export.importance_file import ImportanceMatrix, read_importance, write_importance
+from export.importance_file import AUTO, NONE, ImportanceMatrix, read_importance, write_importance
 from export.quant_types import file_type
 from pipeline.artifacts import sha256_json
 from pipeline.errors import MedcotError
 from pipeline.file_lock import try_lock
 from pipeline.results import ExportedModels
 
-AUTO = "auto"
-NONE = "none"
 _MEASURED_TYPE = "Q4_K_M"
 _SCRATCH_NAME = ".imatrix"
 _SAMPLE_CASES = 1000  # more than there are

@@ -1,4 +1,4 @@
-"""The settings that make a run fit where it does not: ``--set`` options, tried on the estimate before they are given."""
+"""The settings that make a run fit where it does not: ``--set`` options, tried on the estimate before they are told."""
 
 from __future__ import annotations
 

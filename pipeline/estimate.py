@@ -80,6 +80,7 @@ class Estimator:
         self.hardware = hardware
         self.cpu_flops = cpu_gflops * 1e9
         self.base_is_here = base_is_here
+        self.llama_on_gpu = hardware.device == "cuda" and hardware.llama_on_gpu
         self.speed = InferenceSpeed(size, hardware, self.cpu_flops)
         self.training_memory = TrainingMemory(
             config,
@@ -204,7 +205,7 @@ class Estimator:
         written = asked * (min(1.3 * self.work.mean_completion_tokens, evaluation.max_new_tokens))
         written += (models - 1) * asked * 0.8 * evaluation.max_new_tokens
         read = models * (rows + choices) * 2 * self.work.mean_tokens
-        on_gpu, llama_on_gpu = self.hardware.device == "cuda", self.hardware.llama_on_gpu
+        on_gpu, llama_on_gpu = self.hardware.device == "cuda", self.llama_on_gpu
         engine = answer_engine(evaluation.engine, has_gpu=on_gpu, llama_on_gpu=llama_on_gpu).value
         shipped = self.file_bytes(export.ship)
         gpu_memory, starting = 0.0, 6.0
@@ -233,7 +234,7 @@ class Estimator:
 
     def bench(self) -> StageEstimate:
         bench = self.config.bench
-        on_gpu = bench.gpu_layers != 0 and self.hardware.llama_on_gpu
+        on_gpu = bench.gpu_layers != 0 and self.llama_on_gpu
         deeper = [depth for depth in bench.depths if depth > 0]
         generated = bench.repeats * bench.generated_tokens
         prompts = (bench.repeats + 1) * bench.prompt_tokens + bench.repeats * _BENCH_QUESTION_TOKENS
@@ -252,14 +253,18 @@ class Estimator:
             seconds += _IMPORT_SECONDS + prompts * self.speed.float32_forward_seconds()
             seconds += 2 * generated * self.speed.float32_token_seconds()
             memory = max(memory, _IMPORT_BYTES + 4 * self.size.parameters)
-        compared = self.config.export.quantizations
-        # Beside each file llama.cpp's and our own logits of 512 positions.
+        # All at once where they fit, else each other file with the most exact one, else none (bench/quality.py). Beside
+        # each file llama.cpp's and our own logits of 512 positions.
         logits = 2 * 512 * 4 * self.size.vocabulary
-        together = sum(self.file_bytes(name) + 0.15 * GIBIBYTE + logits for name in compared)
-        if bench.quality_records and len(compared) > 1 and together < 0.9 * self.hardware.memory_bytes:
-            read = len(compared) * min(bench.quality_records, self.work.eval_rows) * self.work.mean_tokens
-            seconds += 4 + read * ((reading or 0) + self.size.vocabulary * _SECONDS_PER_COMPARED_LOGIT)
-            memory = max(memory, together)
+        exact, *others = sorted(map(self.file_bytes, self.config.export.quantizations), reverse=True)
+        free = 0.9 * self.hardware.available_memory_bytes
+        for files in ([exact, *others], [exact, *others[:1]]):
+            together = sum(files) + len(files) * (0.15 * GIBIBYTE + logits)
+            if bench.quality_records and others and together < free:
+                read = (len(others) + 1) * min(bench.quality_records, self.work.eval_rows) * self.work.mean_tokens
+                seconds += 4 + read * ((reading or 0) + self.size.vocabulary * _SECONDS_PER_COMPARED_LOGIT)
+                memory = max(memory, together)
+                break
         known = reading is not None and None not in tokens
         return StageEstimate(
             stage="bench",

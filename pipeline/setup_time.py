@@ -35,7 +35,7 @@ class SetUp(BaseModel):
         return cls(
             packages=_PACKAGES_SECONDS,
             cpu_build=_CPU_BUILD / measured_cores,
-            cuda_build=_CUDA_BUILD / measured_cores if hardware.llama_on_gpu else 0.0,
+            cuda_build=_CUDA_BUILD / measured_cores if hardware.gpu_names and hardware.llama_on_gpu else 0.0,
         )
 
     @property

@@ -24,7 +24,7 @@ _AUTO_BATCH_SHARE = 0.8  # of the memory: an estimate can be off by a quarter
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """``longest``: tokens of the longest example; ``steps``: optimizer steps; ``weight_bytes``: of one loaded weight."""
+    """``longest``: tokens of the longest example; ``steps``: optimizer steps; ``weight_bytes``: of a loaded weight."""
 
     config: Config
     size: ModelSize
