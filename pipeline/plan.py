@@ -81,16 +81,16 @@ class Subject:
         base = local_base(config.model.base, config.model.revision, weights=False)
         try:
             size = ModelSize.of(base)
-            tokenizer = load_tokenizer(base)
-            vocabulary = TransformersVocabulary(tokenizer)
-            chat_format = ChatFormat(tokenizer.chat_template, vocabulary, config.prompt.system)
-            records, survey = survey_records(config, chat_format)
         except MedcotError:
-            # What a stage says of this base is the cause, where it says anything.
+            # Of a model of another kind: what export says of it is the cause.
             refused = refusals(Preview(config, base), stages)
             if refused:
                 raise MedcotError("; ".join(refused) + ".") from None
             raise
+        tokenizer = load_tokenizer(base)
+        vocabulary = TransformersVocabulary(tokenizer)
+        chat_format = ChatFormat(tokenizer.chat_template, vocabulary, config.prompt.system)
+        records, survey = survey_records(config, chat_format)
         verdict, fault = label_verdict(chat_format, vocabulary, [record.example for record in records])
         return cls(base, size, vocabulary, chat_format, records, survey, verdict, fault)
 
