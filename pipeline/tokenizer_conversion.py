@@ -21,6 +21,7 @@ from pipeline.tokenizer_files import (
     TOKENIZER_JSON,
     VOCAB_AND_MERGES,
     default_chat_template,
+    named_tokens,
     numbered_tokens,
     tokenizer_config,
 )
@@ -44,7 +45,7 @@ def convert_tokenizer(folder: Path, into: Path) -> None:
 
     Raises MedcotError with the reason when there is no tokenizer.json that does the same.
     """
-    from tokenizers import Tokenizer
+    from tokenizers import AddedToken, Tokenizer
 
     if (folder / TOKENIZER_JSON).is_file():
         tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_JSON))
@@ -53,6 +54,10 @@ def convert_tokenizer(folder: Path, into: Path) -> None:
     else:
         tokenizer = _from_vocab_and_merges(folder)
     _add_numbered_tokens(tokenizer, folder)
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    for text in named_tokens(folder) - known:
+        if tokenizer.token_to_id(text) is not None:
+            tokenizer.add_tokens([AddedToken(text, normalized=False, special=True)])
     tokenizer.save(str(into / TOKENIZER_JSON))
     config = {**tokenizer_config(folder), "tokenizer_class": "PreTrainedTokenizerFast"}
     config.pop("chat_template", None)
@@ -164,6 +169,7 @@ def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
 
 def _from_vocab_and_merges(folder: Path) -> Any:
     import transformers
+    from tokenizers import AddedToken, Tokenizer
 
     config = tokenizer_config(folder)
     named = str(config.get("tokenizer_class") or "").removesuffix("Fast")
@@ -181,13 +187,12 @@ def _from_vocab_and_merges(folder: Path) -> Any:
         tokenizer = getattr(transformers, chosen)(vocab=vocab, merges=merges)
     except Exception as error:  # tokenizers raises Exception itself for a damaged file
         raise MedcotError(f"{vocab} and {Path(merges).name} are no vocabulary with its merges: {error}.") from error
-    return _without_defaults(tokenizer.backend_tokenizer, read_json(Path(vocab)))
-
-
-def _without_defaults(tokenizer: Any, vocabulary: Mapping[str, int]) -> Any:
-    """The tokenizer without tokens that the class adds on its own and the vocabulary does not have."""
-    from tokenizers import Tokenizer
-
-    description = json.loads(tokenizer.to_str())
-    description["added_tokens"] = [each for each in description["added_tokens"] if each["content"] in vocabulary]
-    return Tokenizer.from_str(json.dumps(description))
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    description["added_tokens"] = []  # those that the class has by default
+    restored = Tokenizer.from_str(json.dumps(description))
+    # An entry that no merge makes can only have been an added token: a control token, whose mark is lost here.
+    model = description["model"]
+    made = {"".join(merge) if isinstance(merge, list) else merge.replace(" ", "") for merge in model["merges"]}
+    lost = [text for text in model["vocab"] if len(text) > 1 and text not in made]
+    restored.add_tokens([AddedToken(text, normalized=False, special=True) for text in lost])
+    return restored

@@ -52,7 +52,7 @@ def complete_tokenizer(folder: Path) -> Path:
             f"{' with '.join(VOCAB_AND_MERGES)}. Copy them from the model it was made of."
         )
     path = folder / TOKENIZER_JSON
-    if path.is_file() and not _left_out(folder, tokenizer_json_ids(read_json(path))):
+    if path.is_file() and not _left_out(folder, read_json(path)):
         return folder
 
     def convert(into: Path) -> None:
@@ -96,8 +96,7 @@ def numbered_tokens(folder: Path) -> dict[int, dict[str, Any]]:
         listed = entries.items() if isinstance(entries, Mapping) else [("?", entries)]
     else:
         origin = folder / ADDED_TOKENS
-        named = {token_text(config.get(f"{role}_token")) for role in SPECIAL_ROLES}
-        named |= {token_text(token) for token in config.get("additional_special_tokens") or []}
+        named = named_tokens(folder) | {token_text(token) for token in config.get("additional_special_tokens") or []}
         listed = [
             (index, {"content": text, "special": text in named, "normalized": text not in named})
             for text, index in _optional_json(origin).items()
@@ -157,8 +156,18 @@ def special_token_ids(folder: Path, ids: Mapping[str, int]) -> dict[str, int]:
     return special
 
 
-def _left_out(folder: Path, ids: Mapping[str, int]) -> list[str]:
-    return [token["content"] for token in numbered_tokens(folder).values() if token["content"] not in ids]
+def named_tokens(folder: Path) -> set[str]:
+    """Texts of the tokens that the configuration gives a role."""
+    config = tokenizer_config(folder)
+    return {text for role in SPECIAL_ROLES if (text := token_text(config.get(f"{role}_token"))) is not None}
+
+
+def _left_out(folder: Path, description: Mapping[str, Any]) -> bool:
+    """Whether tokens that text is cut at stand next to tokenizer.json only."""
+    ids = tokenizer_json_ids(description)
+    added = {token["content"] for token in description.get("added_tokens") or []}
+    numbered = {token["content"] for token in numbered_tokens(folder).values()}
+    return not numbered <= ids.keys() or not (named_tokens(folder) & ids.keys()) <= added
 
 
 def _optional_json(path: Path) -> dict[str, Any]:
