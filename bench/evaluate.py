@@ -52,6 +52,7 @@ def stage_settings(config: Config) -> EvaluationSettings:
     """How the stage evaluates; its records are known by it."""
     return EvaluationSettings(
         max_new_tokens=config.evaluation.max_new_tokens,
+        max_record_tokens=config.truncated_at,
         seed=config.seed,
         engine=engines.Settings(
             context_tokens=config.model.max_seq_length + config.evaluation.max_new_tokens,

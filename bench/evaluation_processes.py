@@ -97,7 +97,9 @@ def evaluate_one(
         missing = [(key, record) for key, record in zip(keys, records, strict=True) if key not in known]
         for index, answered, chosen in _answers(engine, [record for _, record in missing], settings.max_new_tokens):
             key, record = missing[index]
-            known[key] = measure_record(engine, key, record, answered, settings.max_new_tokens, chosen)
+            known[key] = measure_record(
+                engine, key, record, answered, settings.max_new_tokens, chosen, settings.max_record_tokens
+            )
             stream.write(known[key].model_dump_json() + "\n")
             stream.flush()
     return [known[key] for key in keys]

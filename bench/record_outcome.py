@@ -24,7 +24,10 @@ _FORMAT = 2  # raise when the same inputs give another outcome, so that older li
 
 @dataclass(frozen=True)
 class EvaluationSettings:
+    """A reference is measured up to ``max_record_tokens``, prompt included, as it would be trained on; None: all."""
+
     max_new_tokens: int = 1024
+    max_record_tokens: int | None = None
     seed: int = 0
     engine: engines.Settings = field(default_factory=engines.Settings)
 
@@ -59,13 +62,14 @@ def measure_record(
     new: Sequence[int],
     max_new_tokens: int,
     chosen: Sequence[int] | None = None,
+    max_record_tokens: int | None = None,
 ) -> RecordOutcome:
     """Likelihood of the reference's thought and answer given the prompt; form and wording of its own output.
 
     ``new`` is what the model wrote when asked the question, ``chosen`` when asked with the options.
     """
     chat_format, reference = engine.chat_format, record.example.answer
-    prompt, thought, answer = chat_format.encode_parts(record.example)
+    prompt, thought, answer = chat_format.encode_parts(record.example, max_record_tokens)
     log_probabilities = engine.token_log_probabilities([*prompt, *thought, *answer])
     # Value i belongs to id i + 1.
     of_thought = log_probabilities[len(prompt) - 1 : len(prompt) - 1 + len(thought)]
@@ -81,9 +85,7 @@ def measure_record(
         answer_tokens=len(answer),
         output=output,
         answer=parsed.answer,
-        thought_tokens=len(chat_format.vocabulary.encode_text(parsed.thought, after_text=True))
-        if parsed.thought
-        else None,
+        thought_tokens=len(chat_format.vocabulary.encode_text(parsed.thought, "text")) if parsed.thought else None,
         well_formed=parsed.well_formed,
         closed_thought=parsed.one_thought,
         looping=ending_cycle(new) is not None,
@@ -100,7 +102,7 @@ def measure_record(
 def record_keys(path: Path, records: Sequence[HeldOutRecord], settings: EvaluationSettings) -> list[str]:
     """Hashes of all that an outcome depends on, the record's place included: no stale line is taken up."""
     engine = asdict(replace(settings.engine, threads=None))
-    shared = [_FORMAT, _model_identity(path), settings.max_new_tokens, engine]
+    shared = [_FORMAT, _model_identity(path), settings.max_new_tokens, settings.max_record_tokens, engine]
     return [
         sha256_json(
             [

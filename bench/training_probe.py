@@ -98,7 +98,7 @@ def _train_with_unsloth(config: Config, run_dir: Path, out_dir: Path) -> list[di
     import torch
     from unsloth import FastLanguageModel
 
-    checkpointing: bool | str = "unsloth" if config.training.gradient_checkpointing else False
+    checkpointing: bool | str = "unsloth" if config.training.gradient_checkpointing is not False else False
     model, _ = FastLanguageModel.from_pretrained(
         str(local_base(config.model.base, config.model.revision)),
         max_seq_length=config.model.max_seq_length,
@@ -164,9 +164,8 @@ def _train(model: Any, config: Config, run_dir: Path, out_dir: Path, **trainer_s
 
     tokenizer = load_tokenizer(local_base(config.model.base, config.model.revision))
     chat_format = ChatFormat(tokenizer.chat_template, TransformersVocabulary(tokenizer), config.prompt.system)
-    encoded = map(
-        chat_format.encode, load_examples(stage_inputs(stage_named("train"), run_dir)["prepare"] / TRAIN_FILE)
-    )
+    examples = load_examples(stage_inputs(stage_named("train"), run_dir)["prepare"] / TRAIN_FILE)
+    encoded = (chat_format.encode(example, config.truncated_at) for example in examples)
     rows = [
         {"input_ids": row.input_ids, "labels": row.labels, "attention_mask": [1] * len(row.input_ids)}
         for row in encoded

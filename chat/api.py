@@ -172,7 +172,12 @@ class _Endpoint:
             "object": "model",
             "created": self._created,
             "owned_by": "medcot",
-            "medcot": {"context_length": self._model.n_ctx, "disclaimer": DISCLAIMER},
+            "medcot": {
+                "context_length": self._model.n_ctx,
+                "disclaimer": DISCLAIMER,
+                # What stands in for the system message of a request without one.
+                "system_prompt": self._model.chat_format.system,
+            },
         }
         return {"object": "list", "data": [model]}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import signal
 import sys
+import textwrap
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ from pipeline.errors import MedcotError
 
 DEFAULT_MAX_NEW_TOKENS = 1024
 DEFAULT_SEED = 0
+_SHOWN_SYSTEM = 45  # characters of the system prompt, so that its line fits 80 columns
 
 
 def run_chat(
@@ -135,6 +137,9 @@ class _Chat:
         with suppress(ImportError):
             importlib.import_module("readline")  # gives input() line editing and recall
         self._streams.note("/help lists the commands, /quit ends.")
+        if self._session.system is not None:
+            shown = textwrap.shorten(self._session.system, _SHOWN_SYSTEM, placeholder=" ...")
+            self._streams.note(f"System prompt: {shown} (/system shows it)")
         while not self.commands.ended:
             try:
                 line = _as_text(_read_line(self._streams)).strip()

@@ -24,7 +24,7 @@ import gradio as gr
 
 from chat import web_texts
 from chat.web_conversation import Controls, Conversation, WebModel, WebSettings, check_number
-from chat.web_html import exchange_to_html, spoken_html
+from chat.web_html import exchange_to_html, spoken_html, system_prompts_to_html
 from chat.web_queue import AnswerQueue, Exchange
 from pipeline.errors import MedcotError
 
@@ -99,7 +99,8 @@ def _lay_out(models: Sequence[WebModel], settings: WebSettings, begin: Callable[
         state = gr.State(None, delete_callback=_forget)
         gr.HTML(
             f"<h1>{web_texts.TITLE}</h1><p class='models'>{escape(names)}</p>"
-            f"<p class='disclaimer' role='note'>{escape(web_texts.PAGE_DISCLAIMER)}</p>",
+            f"<p class='disclaimer' role='note'>{escape(web_texts.PAGE_DISCLAIMER)}</p>"
+            + system_prompts_to_html([each.model.chat_format.system for each in models]),
             elem_id="top",
         )
         with gr.Row(elem_id="columns"):

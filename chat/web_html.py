@@ -8,6 +8,7 @@ from html import escape
 
 from markdown_it import MarkdownIt
 
+from chat import web_texts
 from chat.session import Turn
 from chat.web_queue import Exchange, Generation
 
@@ -68,6 +69,15 @@ def spoken_html(exchange: Exchange) -> str:
         if generation.turn is not None:
             lines.append(_ending(generation.turn))
     return "".join(f"<p>{escape(line)}</p>" for line in lines if line)
+
+
+def system_prompts_to_html(texts: Sequence[str | None]) -> str:
+    """What the models are told before every conversation (None: nothing), folded, each text once."""
+    return "".join(
+        f"<details class='system'><summary>{web_texts.SYSTEM_PROMPT}</summary><p>{escape(text)}</p></details>"
+        for text in dict.fromkeys(texts)
+        if text is not None
+    )
 
 
 def _generation_to_html(generation: Generation, key: str, role: str, is_named: bool) -> str:

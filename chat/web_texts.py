@@ -22,6 +22,7 @@ EXAMPLES = (
 )
 
 QUESTION_HINT = "Enter sends, Shift+Enter begins a new line."
+SYSTEM_PROMPT = "The model is told this before every conversation"
 CLEARED = "A new conversation."
 NOTHING_ASKED = "Write a question first."
 STILL_ANSWERING = "The last question is still being answered: wait, or press Stop."

@@ -19,6 +19,7 @@ from export.ggml import IGNORES_IMPORTANCE
 from export.importance import DEFAULT_TOKENS, Progress, measure_importance, training_sequences
 from export.importance_file import AUTO, NONE, ImportanceMatrix, read_importance, write_importance
 from export.quant_types import file_type
+from pipeline.adapter_recipe import read_recipe
 from pipeline.artifacts import sha256_json
 from pipeline.errors import MedcotError
 from pipeline.file_lock import try_lock
@@ -93,13 +94,16 @@ def measuring_text(
 ) -> MeasuringText:
     """So many tokens of ``records`` (a train.jsonl of the prepare stage), else of the packaged cases.
 
-    ``tokenizer`` is the folder whose tokenizer and chat template trained.
+    ``tokenizer`` is the folder whose tokenizer and chat template trained, and whose medcot.json gives the system
+    prompt where ``system`` is None.
     """
     from pipeline.base_model import load_chat_format
     from pipeline.prepare import load_examples
     from pipeline.sources import sample_examples
 
     examples = sample_examples(_SAMPLE_CASES) if records is None else load_examples(records)
+    recipe = read_recipe(tokenizer)
+    system = recipe.system if system is None and recipe else system
     sequences = training_sequences(load_chat_format(tokenizer, system), examples, tokens=tokens)
     return MeasuringText(sequences, records.name if records else "medcot's packaged cases")
 

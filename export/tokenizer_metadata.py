@@ -7,7 +7,7 @@ SentencePiece (= llama: Llama 2, TinyLlama, Mistral 7B). What is written equals 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,15 @@ from pipeline.tokenizer_files import (
     numbered_tokens,
     special_token_ids,
 )
-from pipeline.vocabulary import NORMALIZER_KEY
+from pipeline.vocabulary import (
+    LSTRIP_KEY,
+    NORMALIZER_KEY,
+    RSTRIP_KEY,
+    SPACE_SCHEME_KEY,
+    Preceding,
+    SpaceScheme,
+    space_scheme,
+)
 
 _ADDED_SCORE = -1000.0
 _PADDING_SCORE = -10000.0
@@ -70,16 +78,31 @@ class Vocabulary:
     add_space_prefix: bool
     chat_template: str
     normalizer: str | None = None  # what the tokenizer does to text first and llama.cpp does not: NFC in Qwen2
+    space_scheme: SpaceScheme | None = None
+    strips_left: tuple[int, ...] = ()  # ids of control tokens that swallow the white space before them,
+    strips_right: tuple[int, ...] = ()  # and after them
 
     @property
     def remarks(self) -> list[str]:
         """What llama.cpp does otherwise than the tokenizer; sentences for the user."""
-        if self.normalizer is None:
-            return []
-        return [
-            f"The tokenizer brings text into the Unicode form {self.normalizer} first; medcot does so too, other "
-            "programs do not: give them composed characters (é as one, not as e and an accent)."
-        ]
+        remarks = []
+        if self.normalizer is not None:
+            remarks.append(
+                f"The tokenizer brings text into the Unicode form {self.normalizer} first; medcot does so too, other "
+                "programs do not: give them composed characters (é as one, not as e and an accent)."
+            )
+        if self.space_scheme == "first":
+            remarks.append(
+                "llama.cpp puts a space before the text that follows a control token, which the tokenizer does not: "
+                "medcot writes the prompts that trained, other programs write one more token at those places."
+            )
+        if strips := sorted({*self.strips_left, *self.strips_right}):
+            others = f" and {len(strips) - 1} more" if len(strips) > 1 else ""
+            remarks.append(
+                f"The tokenizer drops the white space next to the control token {self.tokens[strips[0]]}{others}, and "
+                "llama.cpp keeps it: medcot writes the prompts that trained, other programs write that white space too."
+            )
+        return remarks
 
     def add_metadata(self, writer: gguf.GGUFWriter) -> None:
         writer.add_tokenizer_model(self.model)
@@ -105,6 +128,11 @@ class Vocabulary:
         writer.add_chat_template(self.chat_template)
         if self.normalizer is not None:
             writer.add_string(NORMALIZER_KEY, self.normalizer)
+        if self.space_scheme not in (None, "each"):  # llama.cpp's own
+            writer.add_string(SPACE_SCHEME_KEY, self.space_scheme)
+        for key, ids in ((LSTRIP_KEY, self.strips_left), (RSTRIP_KEY, self.strips_right)):
+            if ids:
+                writer.add_string(key, " ".join(map(str, ids)))
 
 
 @dataclass
@@ -115,8 +143,10 @@ class _SpecialTexts:
     eos_token: str
     control_tokens: Mapping[str, int]
     adds_bos: bool
+    strips_left: frozenset[str] = frozenset()
+    strips_right: frozenset[str] = frozenset()
 
-    def encode_text(self, text: str, *, after_text: bool) -> list[int]:
+    def encode_text(self, text: str, after: Preceding) -> list[int]:
         raise NotImplementedError("rendering needs no tokens")
 
 
@@ -208,6 +238,8 @@ def _byte_level_bpe(folder: Path, description: Mapping[str, Any], size: int) -> 
         add_space_prefix=False,
         chat_template=_chat_template(folder),
         normalizer=(description.get("normalizer") or {}).get("type"),
+        strips_left=_stripping(description.get("added_tokens") or [], "lstrip"),
+        strips_right=_stripping(description.get("added_tokens") or [], "rstrip"),
     )
 
 
@@ -237,6 +269,9 @@ def _sentencepiece(
         add_eos=add_eos,
         add_space_prefix=_adds_space(description),
         chat_template=_chat_template(folder),
+        space_scheme=space_scheme(description),
+        strips_left=_stripping(description.get("added_tokens") or [], "lstrip"),
+        strips_right=_stripping(description.get("added_tokens") or [], "rstrip"),
     )
 
 
@@ -327,6 +362,11 @@ def _added_type(token: Mapping[str, Any]) -> TokenType:
     text = token["content"]
     looks_special = (text[:2], text[-2:]) in (("<|", "|>"), ("<｜", "｜>"))
     return TokenType.CONTROL if token.get("special") or looks_special else TokenType.USER_DEFINED
+
+
+def _stripping(added: Sequence[Mapping[str, Any]], side: str) -> tuple[int, ...]:
+    """Ids of the control tokens that swallow white space on that side."""
+    return tuple(token["id"] for token in added if token.get(side) and not token["content"].isspace())
 
 
 def _padded(

@@ -63,16 +63,18 @@ class Request(BaseModel):
 
 
 class Segments(BaseModel):
-    """Ids of one text: after a control token or at the start, and going on from other text."""
+    """Ids of one text: at the start, after a control token, and going on from other text."""
 
     at_start: list[int]
+    after_control: list[int]
     after_text: list[int]
 
 
 class VocabularyView(BaseModel):
     """What a tokenizer and chat template make of the request; both sides have one, and they are compared.
 
-    ``whole`` are texts tokenized in one piece, control tokens recognised; ``rendered`` is None where the
+    ``strips`` are the control tokens that swallow white space beside them. ``whole`` are texts tokenized in one piece,
+    control tokens recognised; ``rendered`` is None where the
     template refuses the conversation; ``refusal`` says why there are no ``example_ids``, if there are none.
     """
 
@@ -80,6 +82,7 @@ class VocabularyView(BaseModel):
     eos_token: str
     eos_id: int
     adds_bos: bool
+    strips: list[str]
     size: int
     whole: list[list[int]]
     segments: list[Segments]
@@ -128,12 +131,14 @@ def vocabulary_view(
         eos_token=vocabulary.eos_token,
         eos_id=vocabulary.control_tokens.get(vocabulary.eos_token, -1),
         adds_bos=vocabulary.adds_bos,
+        strips=sorted(vocabulary.strips_left | vocabulary.strips_right),
         size=size,
         whole=whole,
         segments=[
             Segments(
-                at_start=vocabulary.encode_text(text, after_text=False),
-                after_text=vocabulary.encode_text(text, after_text=True),
+                at_start=vocabulary.encode_text(text, "nothing"),
+                after_control=vocabulary.encode_text(text, "control"),
+                after_text=vocabulary.encode_text(text, "text"),
             )
             for text in request.texts
         ],

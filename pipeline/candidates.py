@@ -13,14 +13,14 @@ import numpy.typing as npt
 from pipeline.overlap import NearDuplicates, text_key
 from pipeline.records import Record
 
-_MEASURES = ("question", "reasoning", "answer", "prompt", "thought", "reply", "options", "cut")
+_MEASURES = ("question", "reasoning", "answer", "prompt", "thought", "reply", "options", "cut", "truncated")
 
 
 class Candidates:
     """Records in the order in which they were read; written once, then looked up by number.
 
     ``measures`` holds, for each record, the words of its texts, the tokens of its parts (``reply`` is the answer's),
-    and whether it has options and was cut.
+    and whether it has options, was cut, and is truncated in training.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -55,6 +55,7 @@ class Candidates:
             "reply": record.tokens.answer,
             "options": record.options is not None,
             "cut": record.cut,
+            "truncated": record.truncated,
         }
         for name, value in values.items():
             self._measures[name].append(value)

@@ -32,7 +32,7 @@ def training_choices(
         _weights(config, estimator),
         NamedChoice(name="attention", value=attention.value, reason=attention.reason),
         _batch(config, estimator, memory_bytes),
-        _checkpointing(config, estimator),
+        _checkpointing(estimator),
     ]
 
 
@@ -97,15 +97,14 @@ def largest_batch(config: Config, estimator: Estimator, memory_bytes: int) -> in
     return largest
 
 
-def _checkpointing(config: Config, estimator: Estimator) -> NamedChoice:
-    chosen = config.training.gradient_checkpointing
+def _checkpointing(estimator: Estimator) -> NamedChoice:
     with_it, without = (
         estimator.training_memory.activations(estimator.batch_size, checkpointing) / GIBIBYTE
         for checkpointing in (True, False)
     )
     return NamedChoice(
         name="gradient checkpointing",
-        value="on" if chosen else "off",
-        reason=f"set by training.gradient_checkpointing: activations take {with_it:.1f} GiB with it and {without:.1f} "
+        value=estimator.checkpointing.value,
+        reason=f"{estimator.checkpointing.reason}; activations take {with_it:.1f} GiB with it and {without:.1f} "
         "without, and it costs a third of the speed",
     )

@@ -66,10 +66,10 @@ class DataConfig(Section):
     limit: int | None = Field(None, ge=2, description="Read only the first so many records.")
     columns: Columns = Field(default_factory=lambda: Columns.model_validate({}))
     min_characters: int = Field(1, ge=1, description="A record with a shorter question or answer is rejected.")
-    too_long: Literal["drop", "cut"] = Field(
+    too_long: Literal["drop", "cut", "truncate"] = Field(
         "drop",
-        description="A record longer than model.max_seq_length: rejected, or its reasoning cut at sentences, never "
-        "its answer.",
+        description="A record longer than model.max_seq_length: rejected (drop); its reasoning cut at sentences, never "
+        "its answer (cut); or its tokens cut off there, the end of its answer and of the turn with them (truncate).",
     )
     duplicates: Literal["drop", "keep"] = Field(
         "drop", description="A record that repeats an earlier one, exactly or nearly: rejected, or counted only."
@@ -91,6 +91,13 @@ class DataConfig(Section):
 class PromptConfig(Section):
     system: str | None = Field(None, description="System prompt; null leaves it to the template (R1: none).")
 
+    @field_validator("system")
+    @classmethod
+    def _says_something(cls, system: str | None) -> str | None:
+        if system is not None and not system.strip():
+            raise ValueError("the system prompt is empty; null is none")
+        return system
+
 
 class LoraConfig(Section):
     r: int = Field(16, ge=1, le=1024, description="Rank.")
@@ -108,6 +115,13 @@ def _auto_or_count(value: Any) -> Any:
     raise ValueError("a whole number from 1 on, or auto")
 
 
+def _auto_or_switch(value: Any) -> Any:
+    if value == "auto" or isinstance(value, bool):
+        return value
+    raise ValueError("true, false or auto")
+
+
+AutoOrSwitch = Annotated[bool | Literal["auto"], BeforeValidator(_auto_or_switch)]
 AutoOrCount = Annotated[int | Literal["auto"], BeforeValidator(_auto_or_count)]
 
 
@@ -132,7 +146,9 @@ class TrainingConfig(Section):
     warmup_ratio: float = Field(0.0, ge=0, lt=1, description="Share of the steps; used when warmup_steps is 0.")
     weight_decay: float = Field(0.01, ge=0)
     optimizer: str = Field("adamw_8bit", description="A transformers optimizer name; 8-bit ones become AdamW on CPU.")
-    gradient_checkpointing: bool = Field(True, description="Recompute activations: less memory, slower.")
+    gradient_checkpointing: AutoOrSwitch = Field(
+        True, description="Recompute activations: less memory, slower; auto: only where the memory needs it."
+    )
     logging_steps: int = Field(1, ge=1)
     checkpoint_steps: int = Field(20, ge=1, description="Steps between checkpoints.")
     max_minutes: float | None = Field(
@@ -310,6 +326,11 @@ class Config(Section):
                 f"evaluation.gates compares {relative[0]} with the base's, which export.include_base=false leaves out"
             )
         return self
+
+    @property
+    def truncated_at(self) -> int | None:
+        """Tokens after which records are cut off; None where none may be longer than model.max_seq_length."""
+        return self.model.max_seq_length if self.data.too_long == "truncate" else None
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -15,6 +15,7 @@ from pipeline.batch_shares import processes_for
 from pipeline.checkpoints import KEPT
 from pipeline.config import Config
 from pipeline.file_sizes import UNQUANTIZED, file_bytes
+from pipeline.gradient_checkpointing import checkpointing_choice, with_checkpointing
 from pipeline.hardware import GIBIBYTE, MEBIBYTE, Hardware
 from pipeline.inference_speed import CACHE_BYTES, InferenceSpeed
 from pipeline.model_size import ModelSize
@@ -74,7 +75,6 @@ class Estimator:
         *,
         base_is_here: bool,
     ) -> None:
-        self.config = config
         self.size = size
         self.work = work
         self.hardware = hardware
@@ -82,14 +82,23 @@ class Estimator:
         self.base_is_here = base_is_here
         self.llama_on_gpu = hardware.device == "cuda" and hardware.llama_on_gpu
         self.speed = InferenceSpeed(size, hardware, self.cpu_flops)
-        self.training_memory = TrainingMemory(
-            config,
-            size,
-            hardware,
-            longest=work.longest_tokens,
-            steps=steps_of(config, max(1, work.train_rows)),
-            weight_bytes=4 if dtype == "float32" else 2,
+
+        def memory(each: Config) -> TrainingMemory:
+            return TrainingMemory(
+                each,
+                size,
+                hardware,
+                longest=work.longest_tokens,
+                steps=steps_of(config, max(1, work.train_rows)),
+                weight_bytes=4 if dtype == "float32" else 2,
+            )
+
+        there = hardware.gpu_memory_bytes or hardware.available_memory_bytes
+        self.checkpointing = checkpointing_choice(
+            config, lambda each: memory(each).peak(memory(each).batch_size), there
         )
+        self.config = with_checkpointing(config, self.checkpointing.value == "on")
+        self.training_memory = memory(self.config)
 
     def stages(self) -> list[StageEstimate]:
         return [

@@ -91,7 +91,9 @@ class Subject:
         vocabulary = TransformersVocabulary(tokenizer)
         chat_format = ChatFormat(tokenizer.chat_template, vocabulary, config.prompt.system)
         records, survey = survey_records(config, chat_format)
-        verdict, fault = label_verdict(chat_format, vocabulary, [record.example for record in records])
+        verdict, fault = label_verdict(
+            chat_format, vocabulary, [record.example for record in records], config.truncated_at
+        )
         return cls(base, size, vocabulary, chat_format, records, survey, verdict, fault)
 
 
@@ -137,7 +139,9 @@ def make_plan(
         gpu_memory_bytes=hardware.gpu_memory_bytes,
         disk_bytes=hardware.free_disk_bytes,
         cache_disk_bytes=hardware.cache_disk_bytes,
-        example=loss_mask(subject.chat_format, subject.vocabulary, records[0].example) if records else [],
+        example=loss_mask(subject.chat_format, subject.vocabulary, records[0].example, config.truncated_at)
+        if records
+        else [],
         verdict=subject.verdict,
         notes=fit.notes(config, hardware, survey, estimates, timeline),
         problems=[

@@ -65,6 +65,8 @@ def prepare(config: Config, inputs: dict[str, Path], out_dir: Path) -> PreparedD
             reject_reasons=dict(rejects.reasons.most_common()),
             repaired=dict(reading.repairs.most_common()),
             cut_rows=int(candidates.measure("cut", used).sum()),
+            truncated_rows=int(candidates.measure("truncated", used).sum()),
+            truncated_eval_rows=int(candidates.measure("truncated", np.array(parts.held_out, dtype=np.int64)).sum()),
             repeated_questions=len(repeats),
             near_duplicates=len(near),
             leakage=parts.leakage,

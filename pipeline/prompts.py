@@ -28,8 +28,11 @@ from pipeline.chat_template import (
     template_sha256,
 )
 from pipeline.errors import MedcotError
+from pipeline.vocabulary import Preceding
 
 IGNORED_LABEL = -100  # PyTorch's cross entropy leaves this label out
+# White space as added tokens swallow it: Unicode's, which is Rust's; Python's \s has four control characters more.
+_WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
 
 __all__ = [
     "IGNORED_LABEL",
@@ -50,12 +53,11 @@ class Vocabulary(Protocol):
     eos_token: str
     adds_bos: bool
     control_tokens: Mapping[str, int]
+    strips_left: frozenset[str]  # control tokens that swallow the white space before them (added tokens with lstrip),
+    strips_right: frozenset[str]  # and after them
 
-    def encode_text(self, text: str, *, after_text: bool) -> list[int]:
-        """Ids of ``text`` without recognising any control token.
-
-        ``after_text`` says that it goes on from other text: SentencePiece then adds no leading space.
-        """
+    def encode_text(self, text: str, after: Preceding) -> list[int]:
+        """Ids of ``text`` without recognising any control token; what stands before it decides its leading space."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,18 @@ class EncodedExample:
     @property
     def prompt_ids(self) -> list[int]:
         return self.input_ids[: len(self.input_ids) - len(self.completion_ids)]
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """A control token, or the text between two."""
+
+    text: str
+    is_control: bool
+    after: Preceding = "nothing"
+
+
+_TEXT_BEFORE = _Segment("x", is_control=False)
 
 
 class ChatFormat:
@@ -120,7 +134,7 @@ class ChatFormat:
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Ids that end where the assistant's turn begins, with exactly one BOS where the model wants one."""
-        return self._with_one_bos(self._encode(self.chat_template.pieces(messages)))
+        return self._with_one_bos(self._ids(self._segments(self.chat_template.pieces(messages))))
 
     def question_ids(self, question: str) -> list[int]:
         """The prompt for a single question, with the configured system prompt if there is one."""
@@ -128,37 +142,50 @@ class ChatFormat:
 
     def thought_end_ids(self) -> list[int]:
         """Ids that close a thought under way, behind which the model answers; as in training."""
-        return self._encode([Piece(f"\n{THINK_CLOSE}\n\n", True)], continues=True)
+        return self._ids(self._segments([Piece(f"\n{THINK_CLOSE}\n\n", True)], _TEXT_BEFORE))
 
     def empty_thought_ids(self) -> list[int]:
         """Ids behind a prompt that leave the thought out: opened and closed at once, as for examples without one."""
         opening = "" if self.opens_thought else f"{THINK_OPEN}\n"
-        return self._encode([Piece(f"{opening}{THINK_CLOSE}\n\n", True)], continues=True)
+        prompt = self._segments(self.chat_template.pieces([{"role": "user", "content": "x"}]))
+        return self._ids(self._segments([Piece(f"{opening}{THINK_CLOSE}\n\n", True)], prompt[-1]))
 
     def completion_text(self, example: Example) -> str:
         """What the model should write, from the opening of its thought to the end of its turn, as text."""
         return "".join(piece.text for piece in self._completion_pieces(example))
 
-    def encode(self, example: Example) -> EncodedExample:
-        """Ids and labels of one example; the loss sees the thought, the answer and the end of turn."""
+    def encode(self, example: Example, max_tokens: int | None = None) -> EncodedExample:
+        """Ids and labels of one example; the loss sees the thought, the answer and the end of turn.
+
+        Cut off after ``max_tokens`` as a tokenizer's ``truncation=True`` cuts: the end of turn goes first.
+        """
         self.chat_template.check_continuation()
         prompt = self.chat_template.pieces(self._conversation(example.question))
         if self.opens_thought:
             prompt = _without_thought_opening(prompt)
-        prompt_ids = self._with_one_bos(self._encode(prompt))
-        completion_ids = self._encode(self._completion_pieces(example), continues=True)
+        segments = self._segments(prompt)
+        prompt_ids = self._with_one_bos(self._ids(segments))
+        # The completion's own ids, never merged with the prompt's: while chatting the prompt comes first, too.
+        completion_ids = self._ids(self._segments(self._completion_pieces(example), segments[-1]))
         return EncodedExample(
-            input_ids=prompt_ids + completion_ids,
-            labels=[IGNORED_LABEL] * len(prompt_ids) + completion_ids,
+            input_ids=(prompt_ids + completion_ids)[:max_tokens],
+            labels=([IGNORED_LABEL] * len(prompt_ids) + completion_ids)[:max_tokens],
         )
 
-    def encode_parts(self, example: Example) -> tuple[list[int], list[int], list[int]]:
+    def encode_parts(self, example: Example, max_tokens: int | None = None) -> tuple[list[int], list[int], list[int]]:
         """Ids of (prompt, thought with its tags, answer with the end of turn): ``encode`` cut in three."""
+        prompt, thought, answer = self._whole_parts(example)
+        if max_tokens is None:
+            return prompt, thought, answer
+        left = max(0, max_tokens - len(prompt))
+        return prompt[:max_tokens], thought[:left], answer[: max(0, left - len(thought))]
+
+    def _whole_parts(self, example: Example) -> tuple[list[int], list[int], list[int]]:
         whole = self.encode(example)
         completion = whole.completion_ids
         if not self._thought_pieces(example):
             return whole.prompt_ids, [], completion
-        answer = self._encode(self._answer_pieces(example), continues=True)
+        answer = self._ids(self._segments(self._answer_pieces(example), _TEXT_BEFORE))
         # A merge may span the blank line and the answer's first letters; then the cut moves, never the ids.
         return whole.prompt_ids, completion[: len(completion) - len(answer)], completion[-len(answer) :]
 
@@ -183,17 +210,13 @@ class ChatFormat:
     def _answer_pieces(self, example: Example) -> list[Piece]:
         return [Piece(example.answer.strip(), False), Piece(self.end_of_turn, True)]
 
-    def _encode(self, pieces: Sequence[Piece], continues: bool = False) -> list[int]:
-        """Tokenize pieces: control tokens in template text become ids, the text between them is merged and encoded."""
-        ids: list[int] = []
+    def _segments(self, pieces: Sequence[Piece], before: _Segment | None = None) -> list[_Segment]:
+        """Pieces cut at the control tokens of the template's text, all other text merged; ``before`` precedes them.
+
+        White space that a control token swallows is left out, whoever wrote it, as transformers leaves it out.
+        """
+        parts: list[tuple[str, bool]] = []
         plain = ""
-
-        def flush() -> None:
-            nonlocal plain
-            if plain:
-                ids.extend(self._text_ids(plain, after_text=continues and not ids))
-                plain = ""
-
         for piece in pieces:
             if not piece.from_template:
                 plain += piece.text
@@ -202,12 +225,34 @@ class ChatFormat:
                 if index % 2 == 0:
                     plain += part
                 else:
-                    flush()
-                    ids.append(self.vocabulary.control_tokens[part])
-        flush()
+                    parts += [(plain, False), (part, True)]
+                    plain = ""
+        parts.append((plain, False))
+        segments: list[_Segment] = []
+        for index, (text, is_control) in enumerate(parts):
+            if not is_control:
+                if before is not None and before.is_control and before.text in self.vocabulary.strips_right:
+                    text = text.lstrip(_WHITE_SPACE)
+                if index + 1 < len(parts) and parts[index + 1][0] in self.vocabulary.strips_left:
+                    text = text.rstrip(_WHITE_SPACE)
+                if not text:
+                    continue
+            after: Preceding = "nothing" if before is None else "control" if before.is_control else "text"
+            before = _Segment(text, is_control, after)
+            segments.append(before)
+        return segments
+
+    def _ids(self, segments: Sequence[_Segment]) -> list[int]:
+        ids: list[int] = []
+        for segment in segments:
+            if segment.is_control:
+                ids.append(self.vocabulary.control_tokens[segment.text])
+            else:
+                ids.extend(self._text_ids(segment))
         return ids
 
-    def _text_ids(self, text: str, after_text: bool) -> list[int]:
+    def _text_ids(self, segment: _Segment) -> list[int]:
+        text = segment.text
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -215,7 +260,7 @@ class ChatFormat:
                 f"The text behind {text[max(0, error.start - 20) : error.start]!r} is half a character (the lone "
                 f"surrogate {text[error.start]!r}): remove it."
             ) from error
-        return self.vocabulary.encode_text(text, after_text=after_text)
+        return self.vocabulary.encode_text(text, segment.after)
 
     def _with_one_bos(self, ids: list[int]) -> list[int]:
         bos = self.vocabulary.bos_token

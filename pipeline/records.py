@@ -34,7 +34,8 @@ class Record:
     """A usable record.
 
     ``options`` maps letters to texts and ``answer_idx`` is the right letter; ``repairs`` names what cleaning
-    changed; ``cut`` says that sentences of the reasoning were left out to fit the context.
+    changed; ``cut`` says that sentences of the reasoning were left out to fit the context, ``truncated`` that training
+    will see only its first model.max_seq_length tokens, which ``tokens`` counts.
     """
 
     example: Example
@@ -45,6 +46,7 @@ class Record:
     tokens: TokenCounts
     repairs: frozenset[str] = frozenset()
     cut: bool = False
+    truncated: bool = False
 
     def to_json(self) -> dict[str, Any]:
         fields: dict[str, Any] = {
@@ -89,7 +91,13 @@ def usable_record(row: SourceRow, config: Config, chat_format: ChatFormat) -> Re
     if any(tag in text for tag in (THINK_OPEN, THINK_CLOSE) for text in (reasoning or "", answer)):
         raise Rejected("think tag in the text", "it would open or close the thought in the wrong place", drawn=True)
     options, answer_idx = _options(row.columns, names)
-    example, tokens = _fitted(Example(question, reasoning, answer), config, chat_format)
+    example = Example(question, reasoning, answer)
+    if config.data.too_long == "truncate":
+        tokens, truncated = _truncated(example, config.model.max_seq_length, chat_format)
+        return Record(
+            example, options, answer_idx, row.source, row.number, tokens, frozenset(repairs), truncated=truncated
+        )
+    example, tokens = _fitted(example, config, chat_format)
     cut = example.reasoning != reasoning
     return Record(example, options, answer_idx, row.source, row.number, tokens, frozenset(repairs), cut)
 
@@ -130,6 +138,16 @@ def _options(columns: dict[str, Any], names: Columns) -> tuple[dict[str, str] | 
     if isinstance(answer_idx, int) and not isinstance(answer_idx, bool) and 0 <= answer_idx < len(options):
         return options, list(options)[answer_idx]
     raise Rejected("answer_idx is none of the options", repr(answer_idx)[:80], drawn=True)
+
+
+def _truncated(example: Example, limit: int, chat_format: ChatFormat) -> tuple[TokenCounts, bool]:
+    """The size of what is left of the example, and whether that is less than all; Rejected when it is the prompt."""
+    whole = count_tokens(example, chat_format)
+    if whole.prompt >= limit:
+        raise Rejected("too long", f"the prompt has {whole.prompt} tokens, model.max_seq_length is {limit}", drawn=True)
+    thought = min(whole.thought, limit - whole.prompt)
+    left = TokenCounts(whole.prompt, thought, min(whole.answer, limit - whole.prompt - thought))
+    return left, left != whole
 
 
 def _fitted(example: Example, config: Config, chat_format: ChatFormat) -> tuple[Example, TokenCounts]:

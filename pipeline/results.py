@@ -61,6 +61,8 @@ class PreparedData(Measurement):
     reject_reasons: dict[str, int]
     repaired: dict[str, int] = Field(description="Usable records that a kind of repair changed.")
     cut_rows: int = Field(description="Records whose reasoning was shortened to fit the context.")
+    truncated_rows: int = Field(0, description="Records cut off at model.max_seq_length, end of turn included.")
+    truncated_eval_rows: int = Field(0, description="Those of them that are held out.")
     repeated_questions: int = Field(description="Records with an earlier one's question, dropped or not.")
     near_duplicates: int = Field(description="Records nearly equal to an earlier one, dropped or not.")
     leakage: Leakage
@@ -103,6 +105,7 @@ class TrainedAdapter(Measurement):
     )
     batch_size: int | None = Field(default=None, description="Examples per forward pass of one process.")
     gradient_accumulation: int | None = Field(default=None, description="Forward passes per optimizer step.")
+    gradient_checkpointing: str | None = Field(default=None, description="on or off, and why.")
 
 
 class ExportedFile(Measurement):

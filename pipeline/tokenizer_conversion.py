@@ -92,12 +92,13 @@ def _from_sentencepiece(folder: Path) -> Any:
     """
     from sentencepiece import SentencePieceProcessor
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
-    from transformers.utils.sentencepiece_model_pb2_new import ModelProto
+    from transformers.convert_slow_tokenizer import import_protobuf
 
     path = folder / SENTENCEPIECE_MODEL
     try:
         reference = SentencePieceProcessor(model_file=str(path))
-        proto = ModelProto.FromString(path.read_bytes())
+        # transformers' own choice among the two copies of this class: one process can import only one of them.
+        proto = import_protobuf().ModelProto.FromString(path.read_bytes())
     except Exception as error:  # protobuf's DecodeError is no ValueError in every version
         raise MedcotError(f"{path} is not a SentencePiece model ({error}): download it again.") from error
     if proto.trainer_spec.model_type != _BPE:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,8 @@ from pipeline.checkpoints import (
 from pipeline.config import Config
 from pipeline.errors import MedcotError
 from pipeline.estimate import Estimator
-from pipeline.hardware import Hardware, compute_dtype, detect
+from pipeline.gradient_checkpointing import TURNED_ON, keep_on, session_choice, with_checkpointing
+from pipeline.hardware import Choice, Hardware, compute_dtype, detect
 from pipeline.model_size import ModelSize
 from pipeline.prepare import EVAL_FILE, TRAIN_FILE
 from pipeline.prompts import ChatFormat
@@ -48,6 +49,7 @@ from pipeline.training.lora_model import (
     load_lora_model,
     save_adapter,
     set_adapter_weights,
+    turn_on_checkpointing,
 )
 from pipeline.training.metrics_log import MetricsLog
 from pipeline.training.rows import Collator, TokenCounts, encoded_rows
@@ -73,6 +75,7 @@ class Trainee:
     dtype: str
     out_dir: Path
     budget: TimeBudget
+    checkpointing: Choice
 
     @property
     def checkpoints(self) -> Path:
@@ -93,18 +96,18 @@ def train(config: Config, inputs: dict[str, Path], out_dir: Path) -> TrainedAdap
     chat_format = ChatFormat(tokenizer.chat_template, TransformersVocabulary(tokenizer), config.prompt.system)
     # Each process encodes for itself: on another machine there is no file of the first.
     scratch = out_dir / SCRATCH_NAME / f"rank{ranks.rank()}"
-    train_rows, counts = encoded_rows(chat_format, inputs["prepare"] / TRAIN_FILE, scratch / "train.arrow")
-    eval_rows, _ = encoded_rows(chat_format, inputs["prepare"] / EVAL_FILE, scratch / "eval.arrow")
+    limit = config.truncated_at
+    train_rows, counts = encoded_rows(chat_format, inputs["prepare"] / TRAIN_FILE, scratch / "train.arrow", limit)
+    eval_rows, _ = encoded_rows(chat_format, inputs["prepare"] / EVAL_FILE, scratch / "eval.arrow", limit)
     hardware = detect(out_dir)
     dtype = compute_dtype(config.model.dtype, hardware).value
-    batch = first_batch(
-        config.training,
-        out_dir / CHECKPOINTS_NAME,
-        lambda: _estimator(config, base, counts, len(eval_rows), hardware, dtype).batch_size,
-    )
-    model = _load_model(config, base, dtype)
-    trainee = Trainee(config, model, tokenizer, train_rows, eval_rows, hardware, dtype, out_dir, budget)
-    result = _train_in_memory(trainee, batch)
+    estimator = _estimator(config, base, counts, len(eval_rows), hardware, dtype)
+    checkpointing = ranks.from_first(session_choice(config, out_dir / CHECKPOINTS_NAME, estimator.checkpointing))
+    batch = first_batch(config.training, out_dir / CHECKPOINTS_NAME, lambda: estimator.batch_size)
+    chosen = with_checkpointing(config, checkpointing.value == "on")
+    model = _load_model(chosen, base, dtype)
+    trainee = Trainee(chosen, model, tokenizer, train_rows, eval_rows, hardware, dtype, out_dir, budget, checkpointing)
+    result = _train_in_memory(trainee, batch, may_checkpoint=config.training.gradient_checkpointing == "auto")
     shutil.rmtree(out_dir / SCRATCH_NAME, ignore_errors=True)
     return result
 
@@ -134,33 +137,50 @@ def _estimator(
     return Estimator(config, ModelSize.of(base), work, hardware, cpu_gflops=1.0, dtype=dtype, base_is_here=True)
 
 
-def _train_in_memory(trainee: Trainee, batch: Batch) -> TrainedAdapter:
-    """Train with ``batch``; with batch_size auto, and with one process, begin again with a smaller one if need be."""
+def _train_in_memory(trainee: Trainee, batch: Batch, may_checkpoint: bool) -> TrainedAdapter:
+    """Train with ``batch``; with one process begin again in less memory if need be.
+
+    That is first with gradient checkpointing where ``may_checkpoint`` and it is off, then, with batch_size auto, with a
+    smaller batch.
+    """
     config = trainee.config
     automatic = config.training.batch_size == "auto"
-    untrained = adapter_weights(trainee.model) if automatic else {}
+    untrained = adapter_weights(trainee.model) if automatic or may_checkpoint else {}
     while True:
+        may_checkpoint = may_checkpoint and trainee.checkpointing.value == "off"
         try:
             return _train(trainee, batch)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             smaller = batch.smaller() if automatic else None
-            if smaller is None:
+            if may_checkpoint:
+                keep_on(trainee.checkpoints)
+                if ranks.world_size() > 1:
+                    raise MedcotError(
+                        "Not enough memory to train without gradient checkpointing: the same command continues with it."
+                    ) from error
+            elif smaller is None:
                 raise MedcotError(
                     f"Memory does not suffice to train with {batch.size} example(s) at once: "
                     f"{memory_advice(config, batch)}."
                 ) from error
-            keep_batch(smaller, trainee.checkpoints)
-            if ranks.world_size() > 1:
-                # The others wait for this one in the middle of a step, and can only be ended.
-                raise MedcotError(
-                    f"Memory does not suffice to train with {batch.size} examples at once: the same command goes on "
-                    f"with {smaller.size}."
-                ) from error
+            else:
+                keep_batch(smaller, trainee.checkpoints)
+                if ranks.world_size() > 1:
+                    # The others wait for this one in the middle of a step, and can only be ended.
+                    raise MedcotError(
+                        f"Memory does not suffice to train with {batch.size} examples at once: the same command goes "
+                        f"on with {smaller.size}."
+                    ) from error
         # Not before the exception is gone, whose frames hold the tensors of the step.
-        _announce(f"train: memory does not suffice for {batch.size} examples at once, goes on with {smaller.size}")
-        batch = smaller
+        if may_checkpoint:
+            _announce("train: not enough memory without gradient checkpointing, continues with it")
+            trainee = replace(trainee, config=with_checkpointing(config, True), checkpointing=TURNED_ON)
+            turn_on_checkpointing(trainee.model)
+        elif smaller is not None:
+            _announce(f"train: memory does not suffice for {batch.size} examples at once, goes on with {smaller.size}")
+            batch = smaller
         trainee.model.zero_grad(set_to_none=True)
         set_adapter_weights(trainee.model, untrained)
         _free_memory()
@@ -227,6 +247,7 @@ def _train(trainee: Trainee, batch: Batch) -> TrainedAdapter:
         resumed_from_step=progress.step if found else None,
         batch_size=batch.size,
         gradient_accumulation=batch.accumulation,
+        gradient_checkpointing=f"{trainee.checkpointing.value}: {trainee.checkpointing.reason}",
         device=", ".join(trainee.hardware.gpu_names) or trainee.hardware.cpu,
         dtype=trainee.dtype,
         load_in_4bit=config.model.load_in_4bit,

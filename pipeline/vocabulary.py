@@ -10,17 +10,31 @@ import functools
 import itertools
 import json
 import unicodedata
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pipeline.errors import MedcotError
 
-# Text that no vocabulary merges with what follows; see encode_text.
-_ANCHOR = "\n"
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+# What stands before a text: nothing, a control token, or other text.
+Preceding = Literal["nothing", "control", "text"]
+# Where SentencePiece's space is put before a text. "each": before every text that is not preceded by text, also before
+# one that begins with a space (tokenizers' normalizer Prepend; llama.cpp). "always" and "first" are the prepend schemes
+# of tokenizers' Metaspace, which puts none before a space that is there: before each, or only where nothing precedes.
+SpaceScheme = Literal["each", "always", "first"]
+# Text that is not merged with what follows: SentencePiece's vocabularies spell a private character in bytes, and
+# byte-level ones cut words behind a line break.
+_SENTENCEPIECE_ANCHOR, _BYTE_LEVEL_ANCHOR = "\ue020", "\n"
 _SHORT = 100  # characters
 _SPACE_MARK = "\u2581"  # SentencePiece's mark for a space
-# A GGUF key of our own: the Unicode form that the tokenizer brings text into first (Qwen2: NFC) and llama.cpp does not.
+_CONTROL_MARK = "\ue020control\ue021"  # stands in for any control token, in texts of ours only
+# GGUF keys of our own, written where the tokenizer does what llama.cpp does not: the Unicode form that it brings text
+# into first (Qwen2: NFC), where it puts spaces, and the ids of the tokens that swallow white space beside them.
 NORMALIZER_KEY = "medcot.normalizer"
+SPACE_SCHEME_KEY = "medcot.space_scheme"
+LSTRIP_KEY, RSTRIP_KEY = "medcot.lstrip_tokens", "medcot.rstrip_tokens"
 
 
 class TransformersVocabulary:
@@ -31,8 +45,6 @@ class TransformersVocabulary:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        from tokenizers import Tokenizer
-
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise MedcotError(
@@ -51,21 +63,31 @@ class TransformersVocabulary:
         self.adds_bos = bool(
             tokenizer.bos_token is not None and tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]
         )
-        description["added_tokens"] = [token for token in added if _is_white_space(token["content"])]
-        # Without a place in the model's own vocabulary they would get the ids of the tokens that were removed.
-        description["model"]["vocab"] |= {token["content"]: token["id"] for token in description["added_tokens"]}
-        # A length that was set once when the tokenizer was saved would cut records here.
-        description["post_processor"] = description["truncation"] = description["padding"] = None
-        self._text = Tokenizer.from_str(json.dumps(description))
+        stripping: list[frozenset[str]] = [
+            frozenset(token["content"] for token in added if token[side] and token["content"] in self.control_tokens)
+            for side in ("lstrip", "rstrip")
+        ]
+        self.strips_left, self.strips_right = stripping
+        self._text = _text_tokenizer(description)
         # What a template writes around the contents is the same for every record: two thirds of all calls.
         self._short_ids = functools.lru_cache(maxsize=1024)(self._ids)
         self._composes_accents = (description["normalizer"] or {}).get("type") == "NFC"
         # SentencePiece's own vocabularies fall back to bytes; byte-level BPE never writes the mark.
         self._marks_spaces = bool(description["model"].get("byte_fallback"))
+        self._anchor = _SENTENCEPIECE_ANCHOR if self._marks_spaces else _BYTE_LEVEL_ANCHOR
+        self._space_scheme = _space_scheme(self._text) if self._marks_spaces else None
 
-    def encode_text(self, text: str, *, after_text: bool) -> list[int]:
-        if after_text:
-            return _after_anchor(self, text)
+    def encode_text(self, text: str, after: Preceding) -> list[int]:
+        if after == "text" or (after == "control" and self._space_scheme == "first"):
+            return _after_anchor(self._start_ids, text, self._anchor)
+        return self._start_ids(text)
+
+    def whole(self, text: str) -> list[int]:
+        """Ids of a rendered conversation as transformers has them: control tokens recognised, BOS not added."""
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+    def _start_ids(self, text: str) -> list[int]:
         return list(self._short_ids(text) if len(text) <= _SHORT else self._ids(text))
 
     def _ids(self, text: str) -> list[int]:
@@ -116,6 +138,26 @@ class LlamaCppVocabulary:
         self.control_tokens: Mapping[str, int] = {
             text: index for index, text in texts.items() if not _is_white_space(text)
         }
+        ours = any(key.startswith("medcot.") for key in llama.metadata)
+        self.strips_left, self.strips_right = (
+            frozenset(
+                text
+                for index, text in texts.items()
+                if (str(index) in llama.metadata.get(key, "").split() if ours else attributes[index] & attribute)
+            )
+            for key, attribute in (
+                (LSTRIP_KEY, llama_cpp.LLAMA_TOKEN_ATTR_LSTRIP),
+                (RSTRIP_KEY, llama_cpp.LLAMA_TOKEN_ATTR_RSTRIP),
+            )
+        )
+        is_sentencepiece = llama.metadata.get("tokenizer.ggml.model") == "llama"
+        self._anchor = _SENTENCEPIECE_ANCHOR if is_sentencepiece else _BYTE_LEVEL_ANCHOR
+        self._space_scheme = llama.metadata.get(SPACE_SCHEME_KEY, "each")
+        if self._space_scheme not in get_args(SpaceScheme):
+            raise MedcotError(
+                f"The GGUF's {SPACE_SCHEME_KEY} is {self._space_scheme!r}, which this version of medcot does not know: "
+                "export the model again."
+            )
         self._user_defined = [
             text
             for index, text in texts.items()
@@ -132,16 +174,20 @@ class LlamaCppVocabulary:
         """``text`` as the tokenizer that trained would see it."""
         return unicodedata.normalize(self._unicode_form, text) if self._unicode_form else text
 
-    def encode_text(self, text: str, *, after_text: bool) -> list[int]:
+    def encode_text(self, text: str, after: Preceding) -> list[int]:
         text = self.normalized(text)
-        if after_text:
-            return _after_anchor(self, text)
+        has_space = self._space_scheme != "each" and text.startswith((" ", _SPACE_MARK))
+        if after == "text" or has_space or (after == "control" and self._space_scheme == "first"):
+            return _after_anchor(self._start_ids, text, self._anchor)
+        return self._start_ids(text)
+
+    def _start_ids(self, text: str) -> list[int]:
         # llama.cpp recognises USER_DEFINED tokens even where special tokens are off, so text that spells one is
         # encoded in two halves.
         first, *others = _split_inside(text, {token: self._cut(token) for token in self._user_defined if token in text})
         ids: list[int] = list(self._llama.tokenize(first.encode(), add_bos=False, special=False))
         for part in others:
-            ids += _after_anchor(self, part)
+            ids += _after_anchor(self._start_ids, part, self._anchor)
         return ids
 
     def _cut(self, token: str) -> int:
@@ -152,8 +198,8 @@ class LlamaCppVocabulary:
         """
 
         def ids(place: int) -> int:
-            return len(self.encode_text(token[:place], after_text=True)) + len(
-                self.encode_text(token[place:], after_text=True)
+            return sum(
+                len(_after_anchor(self._start_ids, part, self._anchor)) for part in (token[:place], token[place:])
             )
 
         if token not in self._cuts:
@@ -161,13 +207,49 @@ class LlamaCppVocabulary:
         return self._cuts[token]
 
 
-def _after_anchor(vocabulary: TransformersVocabulary | LlamaCppVocabulary, text: str) -> list[int]:
+def _text_tokenizer(description: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of a tokenizer.json without control tokens and without what it puts around a text."""
+    from tokenizers import Tokenizer
+
+    added = [token for token in description.get("added_tokens") or [] if _is_white_space(token["content"])]
+    # Without a place in the model's own vocabulary they would get the ids of the tokens that were removed.
+    vocabulary = description["model"]["vocab"] | {token["content"]: token["id"] for token in added}
+    model = {**description["model"], "vocab": vocabulary}
+    # A length that was set once when the tokenizer was saved would cut records here.
+    nothing = dict.fromkeys(("post_processor", "truncation", "padding"))
+    return Tokenizer.from_str(json.dumps({**description, "added_tokens": added, "model": model, **nothing}))
+
+
+def space_scheme(description: Mapping[str, Any]) -> SpaceScheme | None:
+    """Where the SentencePiece tokenizer of a tokenizer.json puts spaces; None where it puts none."""
+    return _space_scheme(_text_tokenizer(description))
+
+
+def _space_scheme(text_tokenizer: Tokenizer) -> SpaceScheme | None:
+    """Found out by trying, because a normalizer, a pre-tokenizer or both may put the space there."""
+    from tokenizers import AddedToken, Tokenizer
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = text_tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    if encode("x") == _after_anchor(encode, "x", _SENTENCEPIECE_ANCHOR):
+        return None
+    marked = Tokenizer.from_str(text_tokenizer.to_str())
+    marked.add_special_tokens([AddedToken(_CONTROL_MARK, special=True, normalized=False)])
+    after_control = marked.encode(f"{_CONTROL_MARK}x", add_special_tokens=False).ids[1:]
+    if after_control == _after_anchor(encode, "x", _SENTENCEPIECE_ANCHOR):
+        return "first"
+    return "always" if encode(" x") == _after_anchor(encode, " x", _SENTENCEPIECE_ANCHOR) else "each"
+
+
+def _after_anchor(encode: Callable[[str], list[int]], text: str, anchor: str) -> list[int]:
     """Ids of ``text`` as they are behind other text: encode with an anchor before it and drop the anchor's ids."""
-    anchor = vocabulary.encode_text(_ANCHOR, after_text=False)
-    whole = vocabulary.encode_text(_ANCHOR + text, after_text=False)
-    if whole[: len(anchor)] == anchor:
-        return whole[len(anchor) :]
-    return vocabulary.encode_text(text, after_text=False)
+    before = encode(anchor)
+    whole = encode(anchor + text)
+    if whole[: len(before)] == before:
+        return whole[len(before) :]
+    return encode(text)
 
 
 def _split_inside(text: str, cuts: Mapping[str, int]) -> list[str]:

@@ -25,9 +25,11 @@ class ByteVocabulary:
     bos_token: str | None = None
     eos_token = "<|im_end|>"
     adds_bos = False
+    strips_left: frozenset[str] = frozenset()
+    strips_right: frozenset[str] = frozenset()
     control_tokens: Mapping[str, int] = {"<|im_start|>": 256, "<|im_end|>": 257}
 
-    def encode_text(self, text: str, *, after_text: bool) -> list[int]:
+    def encode_text(self, text: str, after: str) -> list[int]:
         return list(text.encode())
 
 

@@ -29,9 +29,11 @@ class CharacterVocabulary:
         self.bos_token: str | None = None
         self.eos_token = eos_token
         self.adds_bos = False
+        self.strips_left: frozenset[str] = frozenset()
+        self.strips_right: frozenset[str] = frozenset()
         self.control_tokens: Mapping[str, int] = {text: 0x110000 + index for index, text in enumerate(controls)}
 
-    def encode_text(self, text: str, *, after_text: bool) -> list[int]:
+    def encode_text(self, text: str, after: str) -> list[int]:
         return [ord(character) for character in text]
 
 

@@ -219,6 +219,7 @@ def test_the_models_entry_says_what_it_is(served: Served) -> None:
     (entry,) = served.client.models.list().data
     assert entry.medcot["context_length"] == 1024  # type: ignore[attr-defined]
     assert "not a doctor" in entry.medcot["disclaimer"]  # type: ignore[attr-defined]
+    assert entry.medcot["system_prompt"] is None  # type: ignore[attr-defined]
 
 
 def test_others_are_served_only_with_a_key(gguf: Path) -> None:

@@ -43,6 +43,26 @@ def test_flashcards_are_the_published_recipe() -> None:
     assert (training.learning_rate, training.schedule, training.warmup_ratio) == (2e-4, "cosine", 0.05)
     assert (training.epochs, training.batch_size, training.gradient_accumulation) == (2, 4, 4)
     assert config.model.max_seq_length == 512 and not config.model.load_in_4bit
+    assert (config.data.min_characters, config.data.too_long, config.truncated_at) == (5, "truncate", 512)
+    assert config.prompt.system == (
+        "You are a knowledgeable and helpful medical assistant. Answer medical questions accurately and concisely "
+        "based on established medical knowledge. Always advise consulting a healthcare professional for personal "
+        "medical decisions."
+    )
+    assert (config.training.gradient_checkpointing, config.training.warmup_steps) == ("auto", 0)
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("prompt.system=' '", "the system prompt is empty; null is none"),
+        ("training.gradient_checkpointing=2", "true, false or auto"),
+        ("data.too_long=shorten", "'drop', 'cut' or 'truncate'"),
+    ],
+)
+def test_what_a_recipe_cannot_be_set_to(setting: str, told: str) -> None:
+    with pytest.raises(MedcotError, match=told):
+        load_config(None, [setting])
 
 
 def test_every_error_is_told_at_once_with_file_line_and_key(tmp_path: Path) -> None:

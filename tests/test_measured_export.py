@@ -18,6 +18,7 @@ from export.export import export_models
 from export.importance_file import ImportanceMatrix, read_importance
 from export.measured_export import MeasuringText, export_with_imatrix, measuring_text
 from export.quant_types import FILE_TYPES
+from pipeline.adapter_recipe import AdapterRecipe, write_recipe
 from pipeline.errors import MedcotError
 from pipeline.results import ExportedModels
 
@@ -156,3 +157,9 @@ def test_text_comes_from_records_or_the_packaged_cases(base: Path, tmp_path: Pat
     records.write_text('{"question": "Why?", "reasoning": "Hm.", "answer": "So."}\n')
     given = measuring_text(base, records)
     assert given.dataset == "train.jsonl" and len(given.sequences) == 1
+    # medcot export --adapter measures on the prompts that medcot run measures on.
+    adapter = tmp_path / "adapter"
+    shutil.copytree(base, adapter)
+    write_recipe(adapter, AdapterRecipe(base="b", template_sha256="0" * 64, system="Be careful."))
+    with_system = measuring_text(base, records, "Be careful.")
+    assert measuring_text(adapter, records) == with_system != given

@@ -129,7 +129,7 @@ def test_a_vocabulary_without_letters_is_told(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(
         type(engine.chat_format.vocabulary),
         "encode_text",
-        lambda self, text, *, after_text: [half for byte in text.encode() for half in (byte // 2, byte % 2)],
+        lambda self, text, after: [half for byte in text.encode() for half in (byte // 2, byte % 2)],
     )
     record = HeldOutRecord(Example("Which?", None, "y"), ("x", "y", "z"), right=1)
     with pytest.raises(MedcotError, match="no token of its own for each letter from A to C"):

@@ -10,11 +10,14 @@ from tiny_models import save_model
 from pipeline.base_model import load_chat_format
 from pipeline.config import Config, load_config
 from pipeline.errors import MedcotError
+from pipeline.labels import label_verdict, loss_mask
 from pipeline.prepare import load_records, prepare
-from pipeline.prompts import ChatFormat
+from pipeline.prompts import ChatFormat, Example
 from pipeline.records import usable_record
 from pipeline.results import PreparedData
 from pipeline.sources import SourceRow
+from pipeline.training.rows import encoded_rows
+from pipeline.vocabulary import TransformersVocabulary
 
 SHARED = Path("../shared/data")
 
@@ -105,7 +108,7 @@ def test_flashcards_are_the_rows_that_datasets_draws(tmp_path: Path) -> None:
 
     source = SHARED / "medquad_flashcards.jsonl"
     folder = shared_tokenizer("tinyllama-1.1b-chat")
-    overrides = [f"data.source={source}", f"model.base={folder}", "model.max_seq_length=100000"]
+    overrides = [f"data.source={source}", f"model.base={folder}"]
     result = prepare(load_config("tinyllama-flashcards", overrides), {}, tmp_path)
     cards = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
     long_enough = Dataset.from_list([{"number": i} for i, card in enumerate(cards, 1) if kept_by_the_recipe(card)])
@@ -114,6 +117,8 @@ def test_flashcards_are_the_rows_that_datasets_draws(tmp_path: Path) -> None:
     assert numbers == drawn
     assert (result.train_rows, result.eval_rows, result.with_reasoning) == (3000, 200, 0)
     assert result.leakage.policy == "keep" and result.leakage.held_out_given_away > 0
+    assert result.rejected == len(cards) - len(long_enough)  # too long ones are cut off at 512 tokens
+    assert 0 < result.truncated_eval_rows < result.truncated_rows and result.tokens["whole"].maximum == 512
 
 
 @pytest.mark.broad
@@ -129,13 +134,14 @@ def test_flashcards_too_long_for_the_context_are_replaced_and_the_order_stays(tm
         "data.eval_rows=20",
     ]
     numbers = {}
-    for limit in (300, 100000):
-        config = load_config("tinyllama-flashcards", [*overrides, f"model.max_seq_length={limit}"])
+    for limit in (360, 100000):
+        settings = [f"model.max_seq_length={limit}", "data.too_long=drop"]
+        config = load_config("tinyllama-flashcards", [*overrides, *settings])
         prepare(config, {}, tmp_path / str(limit))
         numbers[limit] = [r["number"] for r in load_records(tmp_path / str(limit) / "train.jsonl")]
-    both = set(numbers[300]) & set(numbers[100000])
+    both = set(numbers[360]) & set(numbers[100000])
     assert 150 < len(both) < 200
-    assert [n for n in numbers[300] if n in both] == [n for n in numbers[100000] if n in both]
+    assert [n for n in numbers[360] if n in both] == [n for n in numbers[100000] if n in both]
 
 
 def kept_by_the_recipe(card: dict[str, str]) -> bool:
@@ -207,6 +213,33 @@ def test_reasoning_is_cut_at_sentences_and_never_the_answer(base: Path, tmp_path
     kept = cut["reasoning"].split("it. ")
     assert cut["reasoning"] == " ".join(sentences[-len(kept) :]) and 1 < len(kept) < 60
     assert 250 < result.tokens["whole"].maximum <= 300
+
+
+def test_a_record_can_be_cut_off_as_training_cuts_it_off(base: Path, tmp_path: Path) -> None:
+    """As ``tokenizer(truncation=True)``: the answer's end and the end of turn go, the text in the file stays whole."""
+    long = row(99, Complex_CoT=None, Response="word " * 400)
+    hopeless = row(98, Question="word " * 400, Complex_CoT=None)
+    lines = [*(json.dumps(row(i, Complex_CoT=None)) for i in range(4)), *map(json.dumps, (long, hopeless))]
+    overrides = ["data.too_long=truncate", "model.max_seq_length=128", "data.shuffle=false", "data.eval_rows=1"]
+    result, out = run(base, tmp_path, lines, *overrides, "data.columns.reasoning=null")
+    assert (result.truncated_rows, result.truncated_eval_rows, result.reject_reasons) == (1, 1, {"too long": 1})
+    assert "the prompt has" in json.loads((out / "rejects.jsonl").read_text())["detail"]
+    assert result.tokens["whole"].maximum == 128
+    [held_out] = load_records(out / "eval.jsonl")
+    assert held_out["number"] == 5 and len(held_out["answer"].split()) == 400
+    chat_format = load_chat_format(base)
+    vocabulary = chat_format.vocabulary
+    assert isinstance(vocabulary, TransformersVocabulary)
+    example = Example(held_out["question"], None, held_out["answer"])
+    rows, counts = encoded_rows(chat_format, out / "eval.jsonl", tmp_path / "rows.arrow", 128)
+    whole = chat_format.encode(example)
+    assert rows[0]["input_ids"] == whole.input_ids[:128] and rows[0]["labels"] == whole.labels[:128]
+    assert counts.longest == 128 and vocabulary.control_tokens["<|im_end|>"] not in rows[0]["labels"]
+    prompt, _, answer = chat_format.encode_parts(example, 128)
+    assert [*prompt, *answer] == whole.input_ids[:128] and 0 < len(answer) < len(whole.completion_ids)
+    verdict, fault = label_verdict(chat_format, vocabulary, [example, Example("Why?", None, "So.")], 128)
+    assert fault is None and "1 of them is cut off after 128 tokens, without the end of turn" in verdict
+    assert loss_mask(chat_format, vocabulary, example, 128)[-1].text == vocabulary.decode(answer)
 
 
 def test_repairs_are_made_and_counted(base: Path, tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
-import gguf
 import llama_cpp
 import pytest
 from conversation_texts import (
@@ -25,13 +25,13 @@ from conversation_texts import (
 )
 from hypothesis import assume
 from hypothesis import strategies as st
+from tiny_models import save_vocabulary_gguf
 from tokenizers import AddedToken
 
 from chat.session import Sampling, Session, Turn
-from export.tokenizer_metadata import read_vocabulary
 from pipeline.base_model import load_tokenizer
 from pipeline.prompts import ChatFormat, Example, Message
-from pipeline.vocabulary import LlamaCppVocabulary, TransformersVocabulary
+from pipeline.vocabulary import LlamaCppVocabulary, Preceding, TransformersVocabulary
 
 pytestmark = pytest.mark.broad
 
@@ -55,30 +55,12 @@ class Pair:
         return ids[1:] if self.vocabulary.adds_bos and ids[:2] == [ids[0]] * 2 else ids
 
 
-def write_vocabulary(folder: Path, size: int, path: Path) -> llama_cpp.Llama:
-    """A GGUF without tensors from the tokenizer in ``folder``, loaded."""
-    writer = gguf.GGUFWriter(path, "llama")
-    # llama.cpp reads these even of a file that is only a vocabulary.
-    writer.add_context_length(512)
-    writer.add_embedding_length(64)
-    writer.add_feed_forward_length(64)
-    writer.add_block_count(1)
-    writer.add_head_count(4)
-    writer.add_layer_norm_rms_eps(1e-5)
-    read_vocabulary(folder, size).add_metadata(writer)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
-    return llama_cpp.Llama(str(path), vocab_only=True, n_threads=1, verbose=False)
-
-
 @pytest.fixture(scope="module", params=REAL_MODELS)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     trained = real_model(request.param)
     folder = tmp_path_factory.mktemp("vocabulary")
     trained.tokenizer.save_pretrained(folder)  # as training does
-    llama = write_vocabulary(folder, len(trained.tokenizer), folder / "vocabulary.gguf")
+    llama = save_vocabulary_gguf(folder, len(trained.tokenizer), folder / "vocabulary.gguf")
     yield Pair(trained, llama, LlamaCppVocabulary(llama))
     llama.close()
 
@@ -231,16 +213,16 @@ def test_tokens_added_to_a_vocabulary_stay_text_when_typed(name: str, tmp_path: 
     added = ["<think>", "</think>", "<<SYS>>", "[INST]", "</s", *spaces]
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in added])
     tokenizer.save_pretrained(tmp_path)
-    llama = write_vocabulary(tmp_path, len(tokenizer), tmp_path / "vocabulary.gguf")
+    llama = save_vocabulary_gguf(tmp_path, len(tokenizer), tmp_path / "vocabulary.gguf")
     try:
         ours, theirs = TransformersVocabulary(tokenizer), LlamaCppVocabulary(llama)
         assert set(added) - set(theirs.control_tokens) == spaces == set(added) - set(ours.control_tokens)
         controls = set(ours.control_tokens.values())
         for spelled in (*CONTROL_SPELLINGS, *added, "<<SYS>>>", "x</think>y</think>", "a <<<SYS>> b"):
             for text in (spelled, f"a {spelled} b", f"{spelled}{spelled}"):
-                for after_text in (True, False):
-                    ids = theirs.encode_text(text, after_text=after_text)
+                for after in get_args(Preceding):
+                    ids = theirs.encode_text(text, after)
                     assert not controls & set(ids)
-                    assert ids == ours.encode_text(text, after_text=after_text), text
+                    assert ids == ours.encode_text(text, after), text
     finally:
         llama.close()

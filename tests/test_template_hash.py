@@ -168,6 +168,8 @@ def test_verify_finds_a_system_prompt_other_than_in_training(exported: Path, bas
     path = with_metadata(exported, exported.with_name("system.gguf"), {SYSTEM_KEY: "You are a pirate."})
     assert "pirate" in check_of(path, base, adapter).detail
     assert not check_of(path, base, adapter).passed
+    without = with_metadata(exported, exported.with_name("without.gguf"), {}, (SYSTEM_KEY,))
+    assert "the file's system prompt is None, in training 'You are a" in check_of(without, base, adapter).detail
 
 
 def test_an_adapter_whose_tokenizer_was_changed_is_not_measured(base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -77,6 +77,20 @@ def test_a_hidden_thought_is_not_shown(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "Uric" not in err
 
 
+@pytest.mark.parametrize(("asked", "shown"), [(None, True), ("", False), ("Be\nbrief. " * 20, True)])
+def test_a_system_prompt_is_told_of_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asked: str | None, shown: bool
+) -> None:
+    use(monkeypatch, ScriptedModel([], system="You are a careful physician. " * 9))
+    terminal_input = io.StringIO("")
+    monkeypatch.setattr(terminal_input, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdin", terminal_input)
+    terminal.run_chat(MODEL, None, system=asked)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("System prompt: ")]
+    assert len(lines) == shown
+    assert all(line.endswith("... (/system shows it)") and len(line) <= 80 for line in lines)
+
+
 def test_json_is_one_document_and_nothing_else(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -65,7 +65,7 @@ def test_r1s_ids_are_llama_cpps_reference_cases() -> None:
     golden = [list(map(int, line.split())) for line in (folder / "golden_ids.txt").read_text().splitlines()]
     vocabulary = TransformersVocabulary(load_tokenizer(folder))
     assert len(golden) > 40
-    assert [vocabulary.encode_text(text, after_text=False) for text in texts[: len(golden)]] == golden
+    assert [vocabulary.encode_text(text, "nothing") for text in texts[: len(golden)]] == golden
 
 
 def test_an_adapters_folder_is_read_like_a_base(folder: Path, tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_a_length_that_was_saved_with_the_tokenizer_cuts_nothing(folder: Path) -
     tokenizer.enable_truncation(8)
     tokenizer.enable_padding(length=16)
     tokenizer.save(str(folder / "tokenizer.json"))
-    assert TransformersVocabulary(load_tokenizer(folder)).encode_text(text, after_text=False) == expected
+    assert TransformersVocabulary(load_tokenizer(folder)).encode_text(text, "nothing") == expected
 
 
 def templates(folder: Path, form: str) -> None:

@@ -314,6 +314,27 @@ def test_batch_size_auto_lowers_itself_and_keeps_the_effective_batch(long_exampl
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_auto_turns_gradient_checkpointing_on_when_memory_runs_out(tmp_path: Path) -> None:
+    """Eight layers' activations at once do not fit, one layer's do; the training is the same."""
+    deep = save_model(tmp_path / "deep", hidden=64, feed_forward=2048, layers=8)
+    questions = [f"Is {n} even? " + "Think twice. " * 60 for n in range(8)]
+    server = Trainings(deep, write_rows(tmp_path / "data", questions))
+    settings = [*WIDE, "training.batch_size=2", "training.gradient_accumulation=1"]
+    settings.append("training.gradient_checkpointing=auto")
+    tight, roomy = tmp_path / "tight", tmp_path / "roomy"
+    succeeded(server.run(roomy, settings))
+    ended = server.run(tight, [*settings, "training.max_minutes=0.0001"], memory_bytes=800 * 2**20)
+    succeeded(ended)
+    assert "not enough memory without gradient checkpointing, continues with it" in ended.messages
+    succeeded(server.run(tight, settings))  # the next session has memory, and keeps to it
+    server.close()
+    assert str(result(roomy).gradient_checkpointing).startswith("off: ")
+    assert "there was not enough memory" in str(result(tight).gradient_checkpointing)
+    assert result(tight).resumed_from_step == 1
+    losses = [[point.loss for point in result(out).train_loss] for out in (roomy, tight)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_a_record_whose_loss_is_not_finite_is_named(tmp_path: Path) -> None:
     """Its only rare character has an embedding that is not a number."""
     broken = save_model(tmp_path / "base", hidden=64, feed_forward=128, layers=1, tied=False)

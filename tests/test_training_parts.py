@@ -219,8 +219,8 @@ def test_rows_are_read_from_disk_as_they_were_encoded(tmp_path: Path) -> None:
     examples = [Example(f"Is {n} even?", "I halve it." if n % 2 else None, "Yes. " * n) for n in range(1, 6)]
     records = tmp_path / "train.jsonl"
     records.write_text("".join(json.dumps(vars(example)) + "\n" for example in examples))
-    rows, counts = encoded_rows(chat_format, records, tmp_path / "scratch" / "train.arrow")
-    expected = list(encode_all(chat_format, examples))
+    rows, counts = encoded_rows(chat_format, records, tmp_path / "scratch" / "train.arrow", None)
+    expected = list(encode_all(chat_format, examples, None))
     assert [(row["input_ids"], row["labels"]) for row in rows] == [(each.input_ids, each.labels) for each in expected]
     assert [row["line"] for row in rows] == [1, 2, 3, 4, 5]
     lengths = [len(each.input_ids) for each in expected]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chat.session import Sampling, Session
-from chat.web_html import exchange_to_html, markdown_to_html, spoken_html
+from chat.web_html import exchange_to_html, markdown_to_html, spoken_html, system_prompts_to_html
 from chat.web_queue import Exchange, Generation
 
 GREEDY = Sampling(temperature=0.0, top_p=1.0, seed=0)
@@ -133,3 +133,9 @@ def test_a_screen_reader_is_told_whole_paragraphs_that_never_change() -> None:
         assert [line for line in early if "seconds" not in line] == [line for line in told if "seconds" not in line][
             : len([line for line in early if "seconds" not in line])
         ]
+
+
+def test_a_system_prompt_is_shown_folded_once_and_as_text() -> None:
+    shown = system_prompts_to_html(["Be <b>brief</b>.", None, "Be <b>brief</b>."])
+    assert shown.count("<details") == shown.count("Be &lt;b&gt;brief&lt;/b&gt;.") == 1
+    assert system_prompts_to_html([None, None]) == ""

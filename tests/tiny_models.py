@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -135,6 +136,28 @@ def save_model(
                 parameter.uniform_(-0.5, 0.5)
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
+
+
+def save_vocabulary_gguf(folder: Path, size: int, path: Path) -> Any:
+    """A GGUF without tensors from the tokenizer in ``folder``, loaded."""
+    import llama_cpp
+
+    from export.tokenizer_metadata import read_vocabulary
+
+    writer = gguf.GGUFWriter(path, "llama")
+    # llama.cpp reads these even of a file that is only a vocabulary.
+    writer.add_context_length(512)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(64)
+    writer.add_block_count(1)
+    writer.add_head_count(4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    read_vocabulary(folder, size).add_metadata(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    return llama_cpp.Llama(str(path), vocab_only=True, n_threads=1, verbose=False)
 
 
 def save_gguf(folder: Path, template: str = CHATML) -> Path:

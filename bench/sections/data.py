@@ -22,6 +22,8 @@ def data_section(data: PreparedData | None) -> Section | None:
         *((f"rejected: {reason}", f"{count:,}") for reason, count in sorted(data.reject_reasons.items())),
         *((f"repaired: {kind}", f"{count:,}") for kind, count in sorted(data.repaired.items())),
         ("reasoning cut to fit the context", f"{data.cut_rows:,}"),
+        ("cut off at the longest length, end of turn included", f"{data.truncated_rows:,}"),
+        ("of these held out", f"{data.truncated_eval_rows:,}"),
         ("question of an earlier record", f"{data.repeated_questions:,}"),
         ("nearly equal to an earlier record", f"{data.near_duplicates:,}"),
         ("with reasoning", f"{data.with_reasoning:,}"),

@@ -17,6 +17,7 @@ def training_section(trained: TrainedAdapter | None, references: Sequence[Refere
     share = trained.trainable_parameters / trained.total_parameters
     rows: tuple[tuple[str, ...], ...] = (
         ("Base", trained.base),
+        *((("Gradient checkpointing", trained.gradient_checkpointing),) if trained.gradient_checkpointing else ()),
         ("Device", f"{trained.device}, {trained.dtype}{', base in 4 bit' if trained.load_in_4bit else ''}"),
         (
             "Trained",

@@ -32,7 +32,7 @@ def trainer_arguments(
         "warmup_steps": training.warmup_steps or training.warmup_ratio,
         "weight_decay": training.weight_decay,
         "optim": training.optimizer,
-        "gradient_checkpointing": training.gradient_checkpointing,
+        "gradient_checkpointing": training.gradient_checkpointing is not False,
         "bf16": dtype == "bfloat16",
         "fp16": dtype == "float16",
         "use_cpu": on_cpu,

@@ -39,7 +39,7 @@ def load_lora_model(config: Config, base: Path, dtype: str) -> Any:
     import torch
     from unsloth import FastLanguageModel
 
-    checkpointing: bool | str = "unsloth" if config.training.gradient_checkpointing else False
+    checkpointing: bool | str = "unsloth" if config.training.gradient_checkpointing is not False else False
     model, _ = FastLanguageModel.from_pretrained(
         str(base),
         max_seq_length=config.model.max_seq_length,
@@ -57,6 +57,14 @@ def load_lora_model(config: Config, base: Path, dtype: str) -> Any:
         random_state=config.seed,
         max_seq_length=config.model.max_seq_length,
     )
+
+
+def turn_on_checkpointing(model: Any) -> None:
+    """For a model that was loaded without gradient checkpointing; the trainer's arguments have to say it too."""
+    from unsloth import FastLanguageModel
+
+    model.enable_input_require_grads()  # a layer whose inputs need no gradient would not be computed again
+    FastLanguageModel.for_training(model, use_gradient_checkpointing=True)
 
 
 def count_parameters(model: Any) -> tuple[int, int]:

@@ -22,12 +22,16 @@ class TokenCounts:
     longest: int
 
 
-def encode_all(chat_format: ChatFormat, examples: Iterable[Example]) -> Iterator[EncodedExample]:
-    """Ids and labels of every example, in order."""
-    return (chat_format.encode(example) for example in examples)
+def encode_all(
+    chat_format: ChatFormat, examples: Iterable[Example], max_tokens: int | None
+) -> Iterator[EncodedExample]:
+    """Ids and labels of every example, in order, cut off after ``max_tokens``."""
+    return (chat_format.encode(example, max_tokens) for example in examples)
 
 
-def encoded_rows(chat_format: ChatFormat, records: Path, arrow_file: Path) -> tuple[Any, TokenCounts]:
+def encoded_rows(
+    chat_format: ChatFormat, records: Path, arrow_file: Path, max_tokens: int | None
+) -> tuple[Any, TokenCounts]:
     """A ``datasets.Dataset`` of the records of a JSONL file, in order, mapped from ``arrow_file``.
 
     A row has ``input_ids``, ``labels`` and ``line``, its line in the JSONL file (from 1). Arrow's streaming format:
@@ -42,7 +46,7 @@ def encoded_rows(chat_format: ChatFormat, records: Path, arrow_file: Path) -> tu
     examples = (Example(row["question"], row["reasoning"], row["answer"]) for row in load_records(records))
     count = tokens = longest = 0
     with ArrowWriter(path=str(arrow_file), features=features, writer_batch_size=_WRITTEN_AT_ONCE) as writer:
-        for count, encoded in enumerate(encode_all(chat_format, examples), start=1):
+        for count, encoded in enumerate(encode_all(chat_format, examples, max_tokens), start=1):
             writer.write({"input_ids": encoded.input_ids, "labels": encoded.labels, "line": count})
             tokens += len(encoded.input_ids)
             longest = max(longest, len(encoded.input_ids))
