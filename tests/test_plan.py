@@ -67,8 +67,8 @@ def test_a_label_without_the_reasoning_is_found(base: Path, monkeypatch: pytest.
     chat_format = load_chat_format(base)
     whole = chat_format.encode
 
-    def without_thought(self: ChatFormat, example: Example) -> EncodedExample:
-        return whole(Example(example.question, None, example.answer))
+    def without_thought(self: ChatFormat, example: Example, *limit: int | None) -> EncodedExample:
+        return whole(Example(example.question, None, example.answer), *limit)
 
     monkeypatch.setattr(ChatFormat, "encode", without_thought)
     verdict, fault = label_verdict(chat_format, chat_format.vocabulary, [Example("q", "because", "a")])  # type: ignore[arg-type]
