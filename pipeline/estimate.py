@@ -14,7 +14,8 @@ from pipeline.answer_engine import answer_engine
 from pipeline.batch_shares import processes_for
 from pipeline.checkpoints import KEPT
 from pipeline.config import Config
-from pipeline.file_sizes import UNQUANTIZED, file_bytes
+from pipeline.export_speed import compile_seconds, weight_seconds
+from pipeline.file_sizes import file_bytes
 from pipeline.gradient_checkpointing import checkpointing_choice, with_checkpointing
 from pipeline.hardware import GIBIBYTE, MEBIBYTE, Hardware
 from pipeline.inference_speed import CACHE_BYTES, InferenceSpeed
@@ -33,14 +34,6 @@ from pipeline.speeds import (
 from pipeline.stage_estimate import StageEstimate, Workload, steps_of
 from pipeline.training_memory import TrainingMemory
 
-# What export does to a weight, in nanoseconds of one core (LOG.md, 2026-11-22): reading and widening 16 bits or NF4,
-# adding the adapter, and quantizing, without and with an importance matrix; Q4_K_M's mixture stands for all K-quants.
-_READ_16_BIT, _READ_4_BIT, _ADD_ADAPTER = 1.5, 3.5, 1.4
-_QUANTIZE = {"K": (13.7, 22.5), "Q8_0": (1.0, 1.0), "copy": (0.5, 0.5)}
-# The wall clock beside the cores' own time: the system's share, and waiting for the disk (8B, the same log: 116, 46 and
-# 107 s, and 82, 31 and 83 s by the sums).
-_WALL = 1.45
-_COMPILE_SECONDS, _COMPILE_GUIDED_SECONDS = 9.6, 14.0  # the quantizers, once on a machine
 # Python, numba, the tokenizer and the few megabytes of weights under way, without the adapter (LOG.md, 2026-11-22).
 _EXPORT_BYTES = 0.3 * GIBIBYTE
 # llama.cpp while it measures the importance matrix, beside the mapped file.
@@ -160,15 +153,14 @@ class Estimator:
         export = self.config.export
         guided = export.imatrix != "none"
         cores = self.cpu_flops / 1e9 / MEASURED_CORE_GFLOPS  # of the measured machine's kind
-        read = _READ_4_BIT if self.size.stored_in_4bit else _READ_16_BIT
 
         def written(files: list[str], guided: bool) -> float:
             """Seconds to read the base once and write these files of it."""
-            work = read + sum(_ADD_ADAPTER + _quantizing(name, guided) for name in files)
-            return self._read_seconds(self._base_bytes) + self.size.parameters * work * 1e-9 * _WALL / cores
+            work = weight_seconds(files, guided=guided, stored_in_4bit=self.size.stored_in_4bit)
+            return self._read_seconds(self._base_bytes) + self.size.parameters * work / cores
 
         seconds = 9 + written(self._files, guided)
-        seconds += (_COMPILE_GUIDED_SECONDS if guided else _COMPILE_SECONDS) * self.hardware.cores / cores
+        seconds += compile_seconds(guided=guided) * self.hardware.cores / cores
         memory = _EXPORT_BYTES + self.size.trained(self.config.lora) * 4
         if export.imatrix == "auto":
             memory = max(memory, self.file_bytes("Q4_K_M") + _MEASURING_BYTES)
@@ -316,9 +308,3 @@ class Estimator:
         hosted = service_named(self.hardware.platform) is not None
         slow = hosted and not self._fits_memory(size)
         return size / (HOSTED_DISK_BYTES_PER_SECOND if slow else CACHED_BYTES_PER_SECOND)
-
-
-def _quantizing(quantization: str, guided: bool) -> float:
-    """Nanoseconds of one core a weight; ``guided`` by an importance matrix, ggml's search takes longer."""
-    kind = "copy" if quantization.upper() in UNQUANTIZED else "Q8_0" if quantization.upper() == "Q8_0" else "K"
-    return _QUANTIZE[kind][guided]
