@@ -54,7 +54,7 @@ def _check(gate: Gate, model: ModelEvaluation, comparisons: Sequence[Comparison]
     wanted = f"{key} must be {gate.condition}"
     estimate: Estimate | None = getattr(model, key)
     if estimate is None:
-        return False, f"{wanted} and was not measured, since no record has what it takes"
+        return False, gate.unmeasured
     found = f"is {_interval(estimate.value, estimate.low, estimate.high)} on {estimate.n} records"
     if gate.limit is not None:
         passed = estimate.value >= gate.limit if gate.relation == ">=" else estimate.value <= gate.limit

@@ -17,7 +17,7 @@ from bench.engines import Engine
 from bench.held_out import LETTERS, HeldOutRecord
 from bench.statistics import Floats
 from pipeline.errors import MedcotError
-from pipeline.prompts import Example
+from pipeline.prompts import ChatFormat, Example
 from pipeline.results import CalibrationBin, Measurement
 from pipeline.thought import parse_output
 
@@ -83,19 +83,8 @@ def measure_choice(engine: Engine, record: HeldOutRecord, new: Sequence[int]) ->
     without = None if parsed.thought is None or engine.chat_format.opens_thought else ""
     thought = parsed.thought if own_thought else without
     question = choice_question(record)
-    letters = LETTERS[: len(record.options)]
-    spelled = [
-        engine.chat_format.encode(Example(question, thought, f"{_CUE} {letter}")).input_ids for letter in letters
-    ]
-    # All options share what comes before the letter: one evaluation gives the likelihood of each.
-    shared = _common_prefix(spelled)
-    following = [ids[shared] for ids in spelled]
-    if len(set(following)) < len(following):
-        raise MedcotError(
-            f"This model's vocabulary has no token of its own for each letter from A to {letters[-1]}, so that options "
-            "cannot be scored by their letters: leave multiple choice out (evaluation.choice_rows=0, --choice-rows 0)."
-        )
-    log_probabilities = engine.next_log_probabilities(spelled[0][:shared])
+    prompt, following = option_tokens(engine.chat_format, question, thought, len(record.options))
+    log_probabilities = engine.next_log_probabilities(prompt)
     return ChoiceOutcome(
         right=record.right,
         log_probabilities=[float(log_probabilities[token]) for token in following],
@@ -103,6 +92,26 @@ def measure_choice(engine: Engine, record: HeldOutRecord, new: Sequence[int]) ->
         output=output,
         extracted=extract_option(parsed.answer, record.options),
     )
+
+
+def option_tokens(
+    chat_format: ChatFormat, question: str, thought: str | None, options: int
+) -> tuple[list[int], list[int]]:
+    """Ids of the conversation up to the answer's letter, and for each letter the id that follows.
+
+    All options share what comes before the letter, so one evaluation gives the likelihood of each. Raises MedcotError
+    where two letters begin with the same token.
+    """
+    letters = LETTERS[:options]
+    spelled = [chat_format.encode(Example(question, thought, f"{_CUE} {letter}")).input_ids for letter in letters]
+    shared = _common_prefix(spelled)
+    following = [ids[shared] for ids in spelled]
+    if len(set(following)) < len(following):
+        raise MedcotError(
+            f"This model's vocabulary has no token of its own for each letter from A to {letters[-1]}, so that options "
+            "cannot be scored by their letters: leave multiple choice out (evaluation.choice_rows=0, --choice-rows 0)."
+        )
+    return spelled[0][:shared], following
 
 
 def extract_option(answer: str, options: Sequence[str]) -> int | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -71,14 +71,18 @@ class ProbeRequest(BaseModel):
 
     @property
     def needed_context(self) -> int:
-        """llama-bench's: depth and the longest test, with room for a real answer; a set one has to hold that."""
-        needed = max(self.depths, default=0) + max(self.prompt_tokens, self.generated_tokens, _LEAST_CONTEXT)
-        if self.context_tokens is not None and self.context_tokens < needed:
-            raise MedcotError(
-                f"{needed} tokens (the deepest test) do not fit the context of {self.context_tokens}: "
-                "give a larger one, or smaller depths."
-            )
-        return self.context_tokens or needed
+        return needed_context(self.depths, self.prompt_tokens, self.generated_tokens, self.context_tokens)
+
+
+def needed_context(depths: Sequence[int], prompt_tokens: int, generated_tokens: int, context_tokens: int | None) -> int:
+    """llama-bench's: depth and the longest test, with room for a real answer; a set one has to hold that."""
+    needed = max(depths, default=0) + max(prompt_tokens, generated_tokens, _LEAST_CONTEXT)
+    if context_tokens is not None and context_tokens < needed:
+        raise MedcotError(
+            f"{needed} tokens (the deepest test) do not fit the context of {context_tokens}: "
+            "give a larger one, or smaller depths."
+        )
+    return context_tokens or needed
 
 
 def measure(request: ProbeRequest, clock: Callable[[], float] = time.monotonic) -> Speed:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from export.adapter_gguf import AdapterType, check_expressible, write_adapter_gguf
 from export.architecture import Architecture, ModelTensor, read_architecture
 from export.base_match import base_mismatch
+from export.checkpoint_match import check_tensors
 from export.fingerprint import export_fingerprint, model_fingerprint
 from export.gguf_file import GgufPlan
 from export.importance_file import ImportanceMatrix
@@ -82,7 +83,10 @@ def export(config: Config, inputs: dict[str, Path], out_dir: Path) -> ExportedMo
             config.export.quantizations,
             config.export.ship if config.export.include_base else None,
             lambda: measuring_text(
-                tokenizer_folder(folder, inputs["train"]), inputs["prepare"] / TRAIN_FILE, config.prompt.system
+                tokenizer_folder(folder, inputs["train"]),
+                inputs["prepare"] / TRAIN_FILE,
+                config.prompt.system,
+                tokens=config.export.imatrix_tokens,
             ),
             lambda: model_fingerprint(folder, weights, [WeightedAdapter(inputs["train"])]),
             bar.measured,
@@ -136,7 +140,7 @@ def export_models(
         raise MedcotError("An adapter GGUF is asked for and no adapter is given.")
     architecture = read_architecture(base)
     with BaseWeights(base) if weights is None else nullcontext(weights) as reader:
-        _check_tensors(architecture, reader)
+        check_tensors(architecture, reader)
         merged = MergedWeights(reader, adapters, architecture)
         if adapter_gguf:
             check_expressible(architecture, merged.adapters)
@@ -250,24 +254,6 @@ def _models(
         same = tuned.vocabulary == architecture.vocabulary
         models["base"] = (architecture, models["tuned"][1] if same else vocabulary(base, architecture.vocabulary))
     return models
-
-
-def _check_tensors(architecture: Architecture, weights: BaseWeights) -> None:
-    for tensor in architecture.tensors():
-        if tensor.source is None:
-            continue
-        stored = weights.stored(tensor.source)
-        if stored.shape != tensor.shape:
-            raise MedcotError(
-                f"{stored.path}: {tensor.source} has shape {list(stored.shape)}, config.json says "
-                f"{list(tensor.shape)}; the checkpoint and its configuration do not belong together."
-            )
-    unknown = architecture.unknown(set(weights.names))
-    if unknown:
-        raise MedcotError(
-            f"{weights.origin} holds {len(unknown)} tensors that {architecture.hf_name} models have no place "
-            f"for, such as {unknown[0]}: config.json names the wrong architecture, or the base is quantized."
-        )
 
 
 def _outputs(

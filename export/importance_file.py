@@ -19,6 +19,8 @@ import numpy.typing as npt
 from pipeline.artifacts import atomic_path
 from pipeline.errors import MedcotError
 
+AUTO, NONE = "auto", "none"  # what may be given instead of a file: measured, or done without
+
 _SUMS = ".in_sum2"
 _COUNTS = ".counts"
 _DATASETS = "imatrix.datasets"

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Protocol
 
 from export.ggml import IGNORES_IMPORTANCE
-from export.importance import Progress, measure_importance, training_sequences
-from export.importance_file import ImportanceMatrix, read_importance, write_importance
+from export.importance import DEFAULT_TOKENS, Progress, measure_importance, training_sequences
+from export.importance_file import AUTO, NONE, ImportanceMatrix, read_importance, write_importance
 from export.quant_types import file_type
 from pipeline.adapter_recipe import read_recipe
 from pipeline.artifacts import sha256_json
@@ -25,8 +25,6 @@ from pipeline.errors import MedcotError
 from pipeline.file_lock import try_lock
 from pipeline.results import ExportedModels
 
-AUTO = "auto"
-NONE = "none"
 _MEASURED_TYPE = "Q4_K_M"
 _SCRATCH_NAME = ".imatrix"
 _SAMPLE_CASES = 1000  # more than there are
@@ -91,8 +89,10 @@ def export_with_imatrix(
     return export(out_dir, quantizations, base_quantization, importance)
 
 
-def measuring_text(tokenizer: Path, records: Path | None, system: str | None = None) -> MeasuringText:
-    """Text from ``records`` (a train.jsonl of the prepare stage), else from the packaged cases.
+def measuring_text(
+    tokenizer: Path, records: Path | None, system: str | None = None, *, tokens: int = DEFAULT_TOKENS
+) -> MeasuringText:
+    """So many tokens of ``records`` (a train.jsonl of the prepare stage), else of the packaged cases.
 
     ``tokenizer`` is the folder whose tokenizer and chat template trained, and whose medcot.json gives the system
     prompt where ``system`` is None.
@@ -104,7 +104,7 @@ def measuring_text(tokenizer: Path, records: Path | None, system: str | None = N
     examples = sample_examples(_SAMPLE_CASES) if records is None else load_examples(records)
     recipe = read_recipe(tokenizer)
     system = recipe.system if system is None and recipe else system
-    sequences = training_sequences(load_chat_format(tokenizer, system), examples)
+    sequences = training_sequences(load_chat_format(tokenizer, system), examples, tokens=tokens)
     return MeasuringText(sequences, records.name if records else "medcot's packaged cases")
 
 

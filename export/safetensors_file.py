@@ -58,6 +58,17 @@ class StoredTensor:
     end: int
 
 
+def float_type(name: str, tensor: StoredTensor) -> np.dtype[Any]:
+    """NumPy's type of the values as they are stored; MedcotError for one that is not read."""
+    stored_as = FLOAT_TYPES.get(tensor.dtype)
+    if stored_as is None:
+        raise MedcotError(
+            f"{tensor.path}: tensor {name} is stored as {tensor.dtype}; export reads "
+            f"{', '.join(FLOAT_TYPES)} and bitsandbytes' 4-bit weights. Give the unquantized base."
+        )
+    return stored_as
+
+
 class SafetensorsFile:
     """One local file. Several threads may read at once. Raises MedcotError for a damaged one."""
 
@@ -91,12 +102,7 @@ class SafetensorsFile:
     def rows(self, name: str, rows: RowIndices | slice) -> FloatRows:
         """Rows of a tensor as a new float32 array [n, columns]; a vector has one column."""
         tensor = self.tensors[name]
-        stored_as = FLOAT_TYPES.get(tensor.dtype)
-        if stored_as is None:
-            raise MedcotError(
-                f"{self.path}: tensor {name} is stored as {tensor.dtype}; export reads "
-                f"{', '.join(FLOAT_TYPES)} and bitsandbytes' 4-bit weights. Give the unquantized base."
-            )
+        stored_as = float_type(name, tensor)
         count, columns = row_layout(tensor.shape)
         row_bytes = columns * stored_as.itemsize
 

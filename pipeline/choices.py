@@ -92,14 +92,15 @@ def _batch(config: Config, estimator: Estimator, memory_bytes: int) -> NamedChoi
 def largest_batch(config: Config, estimator: Estimator, memory_bytes: int) -> int:
     """The largest power of two of examples of the longest kind that should fit; 0 where none does."""
     batch, largest = 1, 0
-    while batch <= 512 and estimator.training_bytes(batch) <= memory_bytes:
+    while batch <= 512 and estimator.training_memory.peak(batch) <= memory_bytes:
         largest, batch = batch, batch * 2
     return largest
 
 
 def _checkpointing(estimator: Estimator) -> NamedChoice:
     with_it, without = (
-        estimator.activation_bytes(estimator.batch_size, checkpointing) / GIBIBYTE for checkpointing in (True, False)
+        estimator.training_memory.activations(estimator.batch_size, checkpointing) / GIBIBYTE
+        for checkpointing in (True, False)
     )
     return NamedChoice(
         name="gradient checkpointing",

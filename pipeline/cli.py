@@ -121,7 +121,9 @@ def run(
 @cli.command()
 @click.argument("config", required=False)
 @set_option
-@click.option("--machine", help="Plan for another machine: kaggle-t4, kaggle-t4x2, kaggle-p100, colab-t4.")
+@click.option(
+    "--machine", help="Plan for another machine: kaggle-t4, kaggle-t4x2, colab-t4, rtx-3060-12gb, rtx-4060-8gb."
+)
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Folder of the run [default: runs/<name>].")
 @json_option
 def plan(

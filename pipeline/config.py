@@ -192,6 +192,7 @@ class ExportConfig(Section):
         min_length=1,
         description="Importance matrix: auto (measured on the training text), none, or a file of llama-imatrix.",
     )
+    imatrix_tokens: int = Field(2048, ge=64, description="Tokens of the training text that auto measures on.")
     include_base: bool = Field(
         True, description="Also write the base without the adapter in the shipped type: the fair comparison."
     )

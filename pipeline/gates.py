@@ -32,6 +32,16 @@ class Gate:
         return self.limit is None
 
     @property
+    def unmeasured(self) -> str:
+        """What is said of a gate whose metric has no value."""
+        lacking = {
+            "reasoning": "no record has reasoning (data.columns.reasoning)",
+            "options": "no record is asked with options (data.columns.options, evaluation.choice_rows)",
+        }
+        why = lacking[self.metric.needs] if self.metric.needs else "no record has what it takes"
+        return f"{self.metric.key} must be {self.condition} and is not measured, since {why}"
+
+    @property
     def condition(self) -> str:
         return self.relation if self.limit is None else f"{self.relation} {self.limit:g}"
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from pipeline import platforms
+from pipeline.llama_background import will_offload
 
 MEBIBYTE = 2**20
 GIBIBYTE = 2**30
@@ -31,7 +32,9 @@ class Hardware:
 
     ``free_disk_bytes`` is what is free for the run, ``cache_disk_bytes`` what is free for downloads; ``one_disk``
     says that both are the same space; ``gpu_architectures`` are those that the installed PyTorch has kernels for, such
-    as sm_75 (empty where that is not known).
+    as sm_75 (empty where that is not known). ``llama_on_gpu``: the installed llama-cpp-python computes on the GPU.
+    ``cpu_gflops`` is the CPU's float32 matrix product on a machine that is planned for from elsewhere; on this one it
+    is measured.
     """
 
     cpu: str
@@ -46,6 +49,8 @@ class Hardware:
     gpu_capability: tuple[int, int] | None
     platform: str
     gpu_architectures: tuple[str, ...] = ()
+    llama_on_gpu: bool = False
+    cpu_gflops: float | None = None
 
     @property
     def device(self) -> str:
@@ -85,6 +90,7 @@ def detect(folder: Path, cache: Path | None = None) -> Hardware:
         gpu_capability=capability,
         platform=platforms.here().name,
         gpu_architectures=architectures,
+        llama_on_gpu=bool(names) and will_offload(),
     )
 
 

@@ -10,6 +10,7 @@ by their first records.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -20,15 +21,19 @@ from pipeline.cache import cache_dir
 from pipeline.choices import NamedChoice, training_choices
 from pipeline.config import Config
 from pipeline.errors import MedcotError
-from pipeline.estimate import Estimator, StageEstimate, Workload, measure_cpu_gflops, steps_of
+from pipeline.estimate import Estimator
+from pipeline.feasibility import Preview, refusals
 from pipeline.hardware import Hardware, compute_dtype, detect
 from pipeline.labels import Fragment, label_verdict, loss_mask
 from pipeline.model_size import ModelSize
 from pipeline.prompts import ChatFormat
+from pipeline.records import Record
+from pipeline.setup_time import SetUp
+from pipeline.speeds import measure_cpu_gflops
+from pipeline.stage_estimate import StageEstimate, Workload, steps_of
 from pipeline.survey import Survey, survey_records, workload_of
+from pipeline.timeline import Timeline
 from pipeline.vocabulary import TransformersVocabulary
-
-_PLANNED_CPU_GFLOPS = 100.0  # two cores of a cloud Xeon with AVX-512, for machines planned from afar
 
 
 class Plan(BaseModel):
@@ -46,6 +51,7 @@ class Plan(BaseModel):
     trained_parameters: int
     cpu_gflops: float
     stages: list[StageEstimate]
+    timeline: Timeline
     memory_bytes: int
     gpu_memory_bytes: int
     disk_bytes: int
@@ -56,32 +62,65 @@ class Plan(BaseModel):
     problems: list[str]
 
 
+@dataclass(frozen=True)
+class Subject:
+    """The base and the data as a plan reads them: what takes the time, and is the same on every machine."""
+
+    base: Path
+    size: ModelSize
+    vocabulary: TransformersVocabulary
+    chat_format: ChatFormat
+    records: list[Record]
+    survey: Survey
+    verdict: str
+    fault: str | None
+
+    @classmethod
+    def of(cls, config: Config, stages: Sequence[str] | None = None) -> Subject:
+        """Raises MedcotError where base or data cannot be read."""
+        base = local_base(config.model.base, config.model.revision, weights=False)
+        try:
+            size = ModelSize.of(base)
+        except MedcotError:
+            # Of a model of another kind: what export says of it is the cause.
+            refused = refusals(Preview(config, base), stages)
+            if refused:
+                raise MedcotError("; ".join(refused) + ".") from None
+            raise
+        tokenizer = load_tokenizer(base)
+        vocabulary = TransformersVocabulary(tokenizer)
+        chat_format = ChatFormat(tokenizer.chat_template, vocabulary, config.prompt.system)
+        records, survey = survey_records(config, chat_format)
+        verdict, fault = label_verdict(
+            chat_format, vocabulary, [record.example for record in records], config.truncated_at
+        )
+        return cls(base, size, vocabulary, chat_format, records, survey, verdict, fault)
+
+
 def make_plan(
     config: Config,
     run_dir: Path | None = None,
     hardware: Hardware | None = None,
     stages: Sequence[str] | None = None,
+    subject: Subject | None = None,
 ) -> Plan:
     """Look at data, model and machine; raises MedcotError where they cannot be read.
 
-    ``hardware`` is a machine to plan for instead of this one; ``stages`` are those that will run (default: all).
+    ``hardware`` is a machine to plan for instead of this one; ``stages`` are those that will run (default: all);
+    ``subject`` is what an earlier plan of the same base and data has read.
     """
-    base = local_base(config.model.base, config.model.revision, weights=False)
-    size = ModelSize.of(base)
-    tokenizer = load_tokenizer(base)
-    vocabulary = TransformersVocabulary(tokenizer)
-    chat_format = ChatFormat(tokenizer.chat_template, vocabulary, config.prompt.system)
-    records, survey = survey_records(config, chat_format)
+    subject = subject or Subject.of(config, stages)
+    survey, records = subject.survey, subject.records
     here = hardware is None
     hardware = hardware or detect(run_dir or Path.cwd(), cache_dir())
-    gflops = measure_cpu_gflops() if here else _PLANNED_CPU_GFLOPS
+    gflops = hardware.cpu_gflops or measure_cpu_gflops()
     dtype = compute_dtype(config.model.dtype, hardware)
     work = workload_of(config, records, survey)
     downloaded = here and base_is_here(config.model.base, config.model.revision)
-    estimator = Estimator(config, size, work, hardware, gflops, dtype.value, base_is_here=downloaded)
+    estimator = Estimator(config, subject.size, work, hardware, gflops, dtype.value, base_is_here=downloaded)
     estimates = [each for each in estimator.stages() if stages is None or each.stage in stages]
+    timeline = Timeline.of(estimates, None if here else SetUp.on(hardware, gflops))
     steps = steps_of(config, work.train_rows)
-    verdict, fault = label_verdict(chat_format, vocabulary, [record.example for record in records], config.truncated_at)
     where_it_trains = hardware.gpu_memory_bytes or hardware.available_memory_bytes
     return Plan(
         name=config.name,
@@ -91,19 +130,23 @@ def make_plan(
         workload=work,
         steps=steps,
         tokens_trained=round(steps * config.training.effective_batch * work.mean_tokens),
-        parameters=size.parameters,
-        trained_parameters=size.trained(config.lora),
+        parameters=subject.size.parameters,
+        trained_parameters=subject.size.trained(config.lora),
         cpu_gflops=round(gflops, 1),
         stages=estimates,
+        timeline=timeline,
         memory_bytes=hardware.available_memory_bytes,
         gpu_memory_bytes=hardware.gpu_memory_bytes,
         disk_bytes=hardware.free_disk_bytes,
         cache_disk_bytes=hardware.cache_disk_bytes,
-        example=loss_mask(chat_format, vocabulary, records[0].example, config.truncated_at) if records else [],
-        verdict=verdict,
-        notes=fit.notes(hardware, survey, estimates),
+        example=loss_mask(subject.chat_format, subject.vocabulary, records[0].example, config.truncated_at)
+        if records
+        else [],
+        verdict=subject.verdict,
+        notes=fit.notes(config, hardware, survey, estimates, timeline),
         problems=[
-            *([fault] if fault else []),
+            *([subject.fault] if subject.fault else []),
+            *refusals(Preview(config, subject.base, records), stages),
             *fit.problems(config, hardware, survey, work, estimator, estimates),
         ],
     )

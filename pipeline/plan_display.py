@@ -16,6 +16,8 @@ def print_plan(plan: Plan, *, with_example: bool = True) -> None:
     console.print(f"Plan of {plan.name} on {plan.platform}", style="bold", markup=False)
     console.print(_facts(plan))
     console.print(_stages(plan))
+    if plan.timeline.gguf_seconds is not None:
+        console.print(f"GGUF after about {_duration(plan.timeline.gguf_seconds)}", style="bold", markup=False)
     if with_example and plan.example:
         console.print(_example(plan, console.color_system is not None))
     for note in plan.notes:
@@ -66,10 +68,10 @@ def _stages(plan: Plan) -> Table:
         sizes = (stage.memory_bytes, stage.gpu_memory_bytes, stage.disk_bytes, stage.cache_bytes)
         table.add_row(stage.stage, _duration(stage.seconds), *map(_size, sizes))
     table.add_section()
-    known = [stage.seconds for stage in plan.stages if stage.seconds is not None]
+    known = sum(stage.seconds for stage in plan.stages if stage.seconds is not None)
     table.add_row(
         "in all, most",
-        _duration(sum(known)),
+        _duration(plan.timeline.seconds or known),
         *(
             _size(max((getattr(stage, name) for stage in plan.stages), default=0))
             for name in ("memory_bytes", "gpu_memory_bytes")
@@ -98,7 +100,7 @@ def _duration(seconds: float | None) -> str:
         return "?"
     if seconds < 60:
         return f"{max(1, round(seconds))} s"
-    if seconds < 3600:
+    if seconds < 3570:
         return f"{round(seconds / 60)} min"
     return f"{seconds / 3600:.1f} h"
 

@@ -66,7 +66,8 @@ class Stage:
     ``function`` is "module:name", imported only in the stage's process; ``settings`` are the dotted keys of the
     configuration that its output depends on, but for those of them in ``free``; ``packages`` the distributions
     whose versions matter; ``environment`` what its process finds set unless the user has set it; ``module`` is what
-    its process runs; ``on_gpu`` says that it may see a GPU, whose memory the others leave to whoever needs it.
+    its process runs; ``on_gpu`` says that it may see a GPU, whose memory the others leave to whoever needs it;
+    ``check`` is "module:name" of what says before the run what the stage would refuse (pipeline/feasibility.py).
     """
 
     name: str
@@ -80,6 +81,7 @@ class Stage:
     module: str = "pipeline.stage_process"
     free: tuple[str, ...] = ()
     on_gpu: bool = False
+    check: str | None = None
 
     def load(self) -> Callable[[Config, dict[str, Path], Path], BaseModel]:
         module, _, name = self.function.partition(":")
@@ -119,6 +121,7 @@ STAGES = (
         settings=("name", "export", *_BASE),
         packages=("gguf", "llama-cpp-python"),
         result=results.ExportedModels,
+        check="export.feasibility:export_problems",
     ),
     Stage(
         name="verify",
@@ -142,6 +145,7 @@ STAGES = (
         packages=("llama-cpp-python", "rouge-score", "sacrebleu"),
         result=results.Evaluation,
         on_gpu=True,
+        check="bench.feasibility:evaluation_problems",
     ),
     Stage(
         name="bench",
@@ -153,6 +157,7 @@ STAGES = (
         packages=("llama-cpp-python", "transformers", "torch"),
         result=results.Benchmark,
         on_gpu=True,
+        check="bench.feasibility:bench_problems",
     ),
     Stage(
         name="report",

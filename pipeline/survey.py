@@ -11,11 +11,11 @@ from pydantic import BaseModel, ConfigDict
 
 from pipeline.config import Config
 from pipeline.distributions import distribution
-from pipeline.estimate import Workload
 from pipeline.prompts import ChatFormat
 from pipeline.records import Record, Rejected, usable_record
 from pipeline.results import Distribution
 from pipeline.sources import count_hint, read_rows
+from pipeline.stage_estimate import Workload
 
 _SURVEYED_ROWS, _SURVEY_SECONDS = 2000, 3.0
 

@@ -28,13 +28,14 @@ from pipeline.checkpoints import (
 )
 from pipeline.config import Config
 from pipeline.errors import MedcotError
-from pipeline.estimate import Estimator, Workload
+from pipeline.estimate import Estimator
 from pipeline.gradient_checkpointing import TURNED_ON, keep_on, session_choice, with_checkpointing
 from pipeline.hardware import Choice, Hardware, compute_dtype, detect
 from pipeline.model_size import ModelSize
 from pipeline.prepare import EVAL_FILE, TRAIN_FILE
 from pipeline.prompts import ChatFormat
 from pipeline.results import LossPoint, TrainedAdapter
+from pipeline.stage_estimate import Workload
 from pipeline.tracking import track
 from pipeline.training.arguments import trainer_arguments
 from pipeline.training.batch import Batch, first_batch, free_memory, is_out_of_memory, keep_batch, memory_advice

@@ -29,8 +29,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base that says it is an 8B model: a plan reads no weights."""
+    """A base that says it is an 8B model; it has no weights."""
     base = save_model(tmp_path_factory.mktemp("large"))
+    (base / "model.safetensors").unlink()
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | LLAMA_8B | {"head_dim": None, "tie_word_embeddings": False}))
     return base
@@ -66,8 +67,8 @@ def test_a_label_without_the_reasoning_is_found(base: Path, monkeypatch: pytest.
     chat_format = load_chat_format(base)
     whole = chat_format.encode
 
-    def without_thought(self: ChatFormat, example: Example, max_tokens: int | None = None) -> EncodedExample:
-        return whole(Example(example.question, None, example.answer))
+    def without_thought(self: ChatFormat, example: Example, *limit: int | None) -> EncodedExample:
+        return whole(Example(example.question, None, example.answer), *limit)
 
     monkeypatch.setattr(ChatFormat, "encode", without_thought)
     verdict, fault = label_verdict(chat_format, chat_format.vocabulary, [Example("q", "because", "a")])  # type: ignore[arg-type]
@@ -80,15 +81,19 @@ def test_a_label_without_the_reasoning_is_found(base: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("overrides", "machine", "message"),
     [
-        (["model.load_in_4bit=false"], "kaggle-t4", r"train needs .* of GPU memory .*: set model.load_in_4bit=true"),
+        (["model.load_in_4bit=false"], "kaggle-t4", r"train needs .* of GPU memory .*: --set model.load_in_4bit=true"),
         (
             ["training.batch_size=64", "training.gradient_checkpointing=true"],
             "kaggle-t4",
-            r"set training.batch_size=\d+ and training.gradient_accumulation=\d+",
+            r"--set training.batch_size=\d+ --set training.gradient_accumulation=\d+",
         ),
         ([], "kaggle-p100", r"compute capability 6.0 and Unsloth needs 7.0"),
-        (["export.quantizations=[F16, Q8_0, Q4_K_M]"], "kaggle-t4", r"the run takes .* leave F16 out of"),
-        (["bench.transformers=true"], "colab-t4", r"bench needs .*: set bench.transformers=false"),
+        (
+            ["export.quantizations=[F16, Q8_0, Q4_K_M]"],
+            "kaggle-t4",
+            r"the run takes .*: --set export.quantizations=\[Q8_0,Q4_K_M\]",
+        ),
+        (["bench.transformers=true"], "colab-t4", r"bench needs .*: --set bench.transformers=false"),
     ],
 )
 def test_what_cannot_fit_names_the_setting(large: Path, overrides: list[str], machine: str, message: str) -> None:
@@ -135,7 +140,7 @@ def test_a_gpu_that_this_pytorch_has_no_kernels_for_is_a_problem(base: Path) -> 
     assert plan_for(base, volta).problems == []
     [problem] = plan_for(base, replace(volta, gpu_architectures=("sm_75", "sm_80"))).problems
     assert problem.startswith(
-        "Tesla V100 has compute capability 7.0 and this PyTorch has kernels for sm_75, sm_80 alone"
+        "Tesla V100 has compute capability 7.0 and this PyTorch has kernels for sm_75, sm_80 only"
     )
 
 
