@@ -32,7 +32,7 @@ def test_tinyllama_recomputes_only_where_its_card_needs_it() -> None:
     assert (large.checkpointing.value, small.checkpointing.value) == ("off", "on")
     assert "which fits 15.0" in large.checkpointing.reason and "is too much for 6.0" in small.checkpointing.reason
     faster, slower = large.train(), small.train()
-    assert faster.seconds is not None and slower.seconds is not None and faster.seconds < 0.75 * slower.seconds
+    assert faster.seconds is not None and slower.seconds is not None and faster.seconds < 0.9 * slower.seconds
     assert slower.gpu_memory_bytes < 6 * GIBIBYTE < faster.gpu_memory_bytes < 0.8 * 15 * GIBIBYTE
     for each, value in ((large, "off"), (small, "on")):
         choices = training_choices(load_config("tinyllama-flashcards"), T4, Choice("float16", ""), each, 1)
