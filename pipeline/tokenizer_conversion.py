@@ -86,12 +86,12 @@ def _add_numbered_tokens(tokenizer: Any, folder: Path) -> None:
 def _from_sentencepiece(folder: Path) -> Any:
     """A SentencePiece BPE model in the words of ``tokenizers``.
 
-    A leading space is put before every stretch of text, also behind a control token: that is what the tokenizer.json
-    of Llama 2 and its like says (``Prepend`` and ``Replace``), and what llama.cpp does. transformers 5.17 builds
-    another one from tokenizer.model alone (huggingface/transformers#47700), and orders merges by id, not by score.
+    A space is put before every stretch of text, behind a control token too, as the tokenizer.json of Llama 2 says
+    (``Prepend`` and ``Replace``) and llama.cpp does; with ``legacy: false`` only before the first, as transformers has
+    it for such folders. Its own conversion is not taken: in 5.17 it orders merges by id, not by score.
     """
     from sentencepiece import SentencePieceProcessor
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers.convert_slow_tokenizer import import_protobuf
 
     path = folder / SENTENCEPIECE_MODEL
@@ -122,7 +122,11 @@ def _from_sentencepiece(folder: Path) -> Any:
         )
     )
     replaced = normalizers.Replace(" ", _SPACE)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), replaced] if prefix else [replaced])
+    once = prefix and config.get("legacy") is False
+    if once:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)
+    else:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), replaced] if prefix else [replaced])
     steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
     tokenizer.add_tokens(
@@ -146,7 +150,8 @@ def _from_sentencepiece(folder: Path) -> Any:
             single=first, pair=f"{first} {second}", special_tokens=[end for end in ends if end]
         )
     if prefix == proto.normalizer_spec.add_dummy_prefix:
-        for text in PROBE_TEXTS:
+        # Metaspace takes a space that the text begins with for its own.
+        for text in (text for text in PROBE_TEXTS if not (once and text.startswith(" "))):
             if tokenizer.encode(text, add_special_tokens=False).ids != reference.EncodeAsIds(text):
                 raise MedcotError(
                     f"{path} cannot be turned into a {TOKENIZER_JSON}: {text!r} would become other tokens than "

@@ -26,7 +26,7 @@ CHAT_TEMPLATE = "chat_template.jinja"
 VOCAB_AND_MERGES = ("vocab.json", "merges.txt")
 SPECIAL_ROLES = ("bos", "eos", "unk", "pad")
 # Raise when the conversion changes, so that cached folders are made again.
-_CONVERSION_VERSION = 1
+_CONVERSION_VERSION = 2
 # What a conversion is made from; config.json's model type says how vocab.json and merges.txt are meant.
 _CONVERTED_FROM = (
     TOKENIZER_JSON, SENTENCEPIECE_MODEL, TOKENIZER_CONFIG, ADDED_TOKENS, CHAT_TEMPLATE, *VOCAB_AND_MERGES,

@@ -198,19 +198,17 @@ def test_export_tells_what_other_programs_do_and_verify_accepts_it(tmp_path: Pat
 
 @pytest.mark.broad
 def test_tinyllama_s_ids_are_those_of_the_tokenizer_that_transformers_makes(tmp_path: Path) -> None:
-    """Of its tokenizer.model transformers 5 makes one without a space behind control tokens."""
-    AutoTokenizer.from_pretrained(shared_tokenizer("tinyllama-1.1b-chat")).save_pretrained(tmp_path)
-    tokenizer = load_tokenizer(tmp_path)
-    llama = save_vocabulary_gguf(tmp_path, len(tokenizer), tmp_path / "vocabulary.gguf")
+    """Of its tokenizer.model, with ``legacy: false``: no space behind control tokens."""
+    folder = shared_tokenizer("tinyllama-1.1b-chat")
+    theirs, tokenizer = AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
+    llama = save_vocabulary_gguf(folder, len(tokenizer), tmp_path / "vocabulary.gguf")
     training = ChatFormat(tokenizer.chat_template, TransformersVocabulary(tokenizer))
     chat = ChatFormat(tokenizer.chat_template, LlamaCppVocabulary(llama))
     for content in (*CONTENTS, "What is </think> it?"):
         asked = {"role": "user", "content": content}
         for messages in ([asked], [{"role": "system", "content": "Be brief."}, asked, said(content), asked]):
-            whole = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-            assert training.prompt_ids(messages) == chat.prompt_ids(messages) == [tokenizer.bos_token_id, *whole]
+            whole = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+            assert training.prompt_ids(messages) == chat.prompt_ids(messages) == [theirs.bos_token_id, *whole]
     assert training.encode(Example("Why?", None, " So.")) == chat.encode(Example("Why?", None, " So."))
     llama.close()
 

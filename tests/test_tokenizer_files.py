@@ -143,6 +143,16 @@ def test_a_sentencepiece_model_alone_keeps_its_own_ids(sentencepiece_folder: Pat
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
 
 
+@pytest.mark.parametrize(("legacy", "behind"), [(None, "\u2581x"), (True, "\u2581x"), (False, "x")])
+def test_a_space_behind_a_control_token_is_as_legacy_says(
+    legacy: bool | None, behind: str, sentencepiece_folder: Path
+) -> None:
+    change(sentencepiece_folder, legacy=legacy)
+    tokenizer = load_tokenizer(sentencepiece_folder)
+    assert tokenizer.tokenize("x</s>x", add_special_tokens=False)[0].startswith("\u2581")
+    assert "".join(tokenizer.tokenize("x</s>x", add_special_tokens=False)).endswith("</s>" + behind)
+
+
 def test_added_tokens_json_counts_beside_a_sentencepiece_model(sentencepiece_folder: Path) -> None:
     first = len(load_tokenizer(sentencepiece_folder))
     change(sentencepiece_folder, "added_tokens.json", **{"<|im_start|>": first, "<|im_end|>": first + 1})
