@@ -224,7 +224,7 @@ def _train(trainee: Trainee, batch: Batch) -> TrainedAdapter:
             save_adapter(config, trainer.model, trainee.tokenizer, out_dir)
     if not ending.finished:
         _announce(
-            f"train: time is up at step {ending.steps} of {ending.planned_steps}; the same command goes on from there"
+            f"train: time is up at step {ending.steps} of {ending.planned_steps}; the same command resumes it there"
         )
     skipped = skipped_steps_sentence(trainer.skipped_steps, ending.steps)
     if skipped is not None:
