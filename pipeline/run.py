@@ -338,6 +338,8 @@ def stage_config(stage: Stage, config: Config) -> dict[str, Any]:
         matrix = Path(config.export.imatrix)
         picked["imatrix"] = sha256_file(matrix) if matrix.is_file() else None
         picked["export"]["imatrix"] = matrix.name
+        if config.export.imatrix != "auto":
+            del picked["export"]["imatrix_tokens"]  # nothing is measured
     return picked
 
 

@@ -119,6 +119,15 @@ def test_settings_that_another_one_overrides_change_nothing(run_dir: Path, given
     assert fingerprint(run_dir, *given, *change) == fingerprint(run_dir, *given)
 
 
+def test_tokens_to_measure_on_count_where_an_importance_matrix_is_measured(run_dir: Path) -> None:
+    def settings(*given: str) -> object:
+        return driver.stage_config(driver.stage_named("export"), config_of(run_dir, *given))
+
+    fewer = "export.imatrix_tokens=64"
+    assert settings(fewer) != settings()
+    assert settings("export.imatrix=none", fewer) == settings("export.imatrix=none")
+
+
 @pytest.mark.parametrize("before", ["finished", "stopped by a gate"])
 @pytest.mark.parametrize("llama", ["the same llama.cpp", "another llama.cpp"])
 def test_an_evaluation_with_other_settings_keeps_its_records(
