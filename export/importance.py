@@ -23,6 +23,7 @@ import gguf
 from export.gguf_model import check_is_gguf
 from export.importance_file import ImportanceMatrix, read_importance
 from export.importance_probe import REQUEST_NAME, RESULT_NAME, Request
+from pipeline.config import ExportConfig
 from pipeline.errors import MedcotError
 from pipeline.hardware import usable_cores
 from pipeline.processes import with_our_packages
@@ -32,7 +33,7 @@ from pipeline.prompts import ChatFormat, Example
 Progress = Callable[[int, int], None]
 # Enough: 1,098 tokens gained as much as 16,525 (SmolLM2-135M, Q3_K_M; LOG.md), and every token is one evaluation of
 # the model, on the CPU where llama.cpp was built for it.
-DEFAULT_TOKENS = 2048
+DEFAULT_TOKENS: int = ExportConfig.model_fields["imatrix_tokens"].default
 MAX_LENGTH = 512  # tokens of one example; the rest of a longer one is left out
 
 

@@ -108,7 +108,7 @@ def load_tokenizer(folder: Path) -> Any:
     if template is None:
         raise MedcotError(
             f"The tokenizer in {folder} has no chat template: use an instruction-tuned base, "
-            f"or put a {CHAT_TEMPLATE} beside it."
+            f"or put a {CHAT_TEMPLATE} next to it."
         )
     path = complete / TOKENIZER_JSON
     special_token_ids(complete, tokenizer_json_ids(read_json(path)))  # refuses names that are no tokens
@@ -136,12 +136,17 @@ def load_chat_format(folder: Path, system: str | None = None) -> ChatFormat:
 
 
 def _from_hub(base: str, revision: str | None, weights: bool) -> Path:
+    import httpx
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     patterns = [*TOKENIZER_FILES, *(["*.safetensors"] if weights else [])]
     try:
-        return Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
+        try:
+            return Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
+        except (httpx.TransportError, OfflineModeIsEnabled):
+            # Of a commit, other than of a branch, the library asks the hub for the files even if the cache has them.
+            return Path(snapshot_download(base, revision=revision, allow_patterns=patterns, local_files_only=True))
     except LocalEntryNotFoundError as error:
         raise MedcotError(
             f"{base} is not in the local cache and the hub cannot be reached: connect, or give a local folder."

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from pipeline import llama_background, platforms
 from pipeline.cache import cache_dir
 from pipeline.hardware import GIBIBYTE, Hardware, compute_dtype, detect, has_kernels
+from pipeline.llama_build import PACKAGE, cpu_recipe
 from pipeline.llama_install import has_cuda
 from pipeline.platforms import Platform
 
@@ -26,13 +28,9 @@ _LLAMA_PROBE = (
     "print(llama_cpp.llama_print_system_info().decode())"
 )
 _ROOT = Path(__file__).resolve().parent.parent
-_LLAMA_AGAIN = (
-    "pip install --no-deps --force-reinstall --no-cache-dir $(grep ^llama_cpp_python== "
-    f"{_ROOT / 'requirements-cpu.txt'})"
-)
 _SECONDS_TO_ANSWER = 3
 # scripts/setup.sh keeps the PyTorch that is there; a bare pip install may not.
-_BESIDE_TORCH = f"bash {Path(__file__).resolve().parent.parent / 'scripts' / 'setup.sh'}"
+_BESIDE_TORCH = f"bash {_ROOT / 'scripts' / 'setup.sh'}"
 
 
 class Finding(BaseModel):
@@ -249,6 +247,16 @@ def _background_build(state: llama_background.State | None) -> list[Finding]:
     return [Finding(name="llama.cpp to come", value=f"{how}: {value}")]
 
 
+def _llama_again() -> str:
+    """Compiled as set-up compiles it, also where only the chat is installed, and nothing that set-up proves it with."""
+    recipe = cpu_recipe(_ROOT / "requirements-cpu.txt")
+    arguments = shlex.quote(shlex.join(recipe.cmake_arguments))
+    return (
+        f"CMAKE_ARGS={arguments} {sys.executable} -m pip install --no-deps --force-reinstall --no-cache-dir "
+        f"{PACKAGE}=={recipe.version}"
+    )
+
+
 def _llama_cpp(hardware: Hardware, to_come: llama_background.State | None = None) -> Finding:
     """Whether the compiled library loads on this processor, asked in a child process: a wrong build kills it."""
     outcome = subprocess.run([sys.executable, "-c", _LLAMA_PROBE], capture_output=True, text=True, check=False)
@@ -257,7 +265,7 @@ def _llama_cpp(hardware: Hardware, to_come: llama_background.State | None = None
             name="llama.cpp build",
             value="-",
             problem=f"llama-cpp-python does not load (exit status {outcome.returncode})",
-            fix=llama_background.START_AGAIN if hardware.gpu_names or to_come else _LLAMA_AGAIN,
+            fix=llama_background.START_AGAIN if hardware.gpu_names or to_come else _llama_again(),
         )
     offloads, _, system = outcome.stdout.partition("\n")
     on_gpu = offloads == "True"

@@ -130,7 +130,8 @@ class Estimator:
             model = gpu_model(self.hardware)
             # Each GPU computes its share of a step's examples; what they tell each other is the adapter's gradients.
             gpus = int(processes_for(training, len(self.hardware.gpu_names)).value)
-            waiting = steps * training.effective_batch / memory.batch_size * self.size.layers * GPU_LAYER_SECONDS / gpus
+            layers = steps * training.effective_batch / memory.batch_size * self.size.layers / gpus
+            waiting = layers * GPU_LAYER_SECONDS * passes / 6  # a recomputation that is not made starts no kernels
             computing = None if model is None else waiting + operations / (gpus * model.teraflops * 1e12 * GPU_TRAINING)
         else:
             computing = operations / (self.cpu_flops * CPU_TRAINING)

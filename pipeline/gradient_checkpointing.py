@@ -31,7 +31,7 @@ def checkpointing_choice(config: Config, peak: Callable[[Config], float], memory
     return Choice(
         "off" if fits else "on",
         f"training.gradient_checkpointing=auto: without it training takes about {without / GIBIBYTE:.1f} GiB, which "
-        f"{'fits' if fits else 'is too much for'} {memory_bytes / GIBIBYTE:.1f}",
+        f"{'fits into' if fits else 'is too much for'} {memory_bytes / GIBIBYTE:.1f} GiB",
     )
 
 

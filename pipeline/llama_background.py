@@ -81,8 +81,7 @@ def start(announce: Announce) -> None:
     order = Order(found.recipe, cpu_recipe(ROOT / "requirements-gpu.txt"))
     if found.why_no_cuda:
         announce(f"{found.why_no_cuda}: llama-cpp-python is built for the CPU, and GGUFs run there")
-    for recipe in order.recipes:
-        _failure_file(recipe).unlink(missing_ok=True)
+    _forget_failures(order)
     if is_installed(order.best) and prove(None, on_gpu=order.best.cuda is not None) is None:
         _order_file().unlink(missing_ok=True)
         return
@@ -92,6 +91,7 @@ def start(announce: Announce) -> None:
         return
     if not is_installed(order.meanwhile):
         _install_kept(order.meanwhile, announce)
+    _forget_failures(order)  # what was kept and does not run is compiled again
     if attached := kept_wheels.offered(order.best):
         announce(f"{attached} has this build: if it is of a notebook of yours, MEDCOT_WHEELS={attached} installs it")
     _start_builder()
@@ -216,13 +216,18 @@ def _install_kept(recipe: Recipe, announce: Announce) -> bool:
     wheel = None if _failure(recipe) else kept_wheels.find(recipe)
     if wheel is None:
         return False
-    reason = install(wheel, recipe)
+    reason = install(wheel, recipe, announce)
     if reason is not None:
         _failure_file(recipe).write_text(f"the wheel does not run here: {reason}", encoding="utf-8")
         kept_wheels.forget(recipe)  # to try again is to compile again
         return False
     announce(f"{recipe.title} is installed from {wheel.parent}")
     return True
+
+
+def _forget_failures(order: Order) -> None:
+    for recipe in order.recipes:
+        _failure_file(recipe).unlink(missing_ok=True)
 
 
 def _start_builder() -> subprocess.Popen[bytes]:

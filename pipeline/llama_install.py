@@ -65,7 +65,7 @@ def compile_and_keep(recipe: Recipe, compiling: Path) -> Path:
     return kept_wheels.find(recipe) or wheel
 
 
-def install(wheel: Path, recipe: Recipe) -> str | None:
+def install(wheel: Path, recipe: Recipe, announce: Announce = lambda text: None) -> str | None:
     """Prove a wheel, then install it when nobody uses llama.cpp; the reason when it does not run here."""
     folder().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as unpacked:
@@ -75,10 +75,14 @@ def install(wheel: Path, recipe: Recipe) -> str | None:
     if reason is not None:
         return reason
     repairs = is_installed(recipe)
+    told_to_wait = False
     with in_use_file().open("w") as stream:
         while not try_lock(stream):
             if not repairs and is_installed(recipe):
                 return None  # another run has done it, and uses it
+            if not told_to_wait:
+                announce(f"{recipe.title} is installed as soon as no other run uses llama.cpp")
+                told_to_wait = True
             time.sleep(_POLL_SECONDS)
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", str(wheel)]
         told = subprocess.run(command, capture_output=True, text=True, check=False)

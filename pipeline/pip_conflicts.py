@@ -39,7 +39,7 @@ def foreign(said: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def unmet(required: Sequence[str]) -> tuple[set[str], list[str]]:
     """All packages that these (and theirs) need, and one line for each that is absent or of another version."""
-    checked: set[str] = set()
+    checked: set[tuple[str, frozenset[str]]] = set()
     problems: list[str] = []
     waiting = [("medcot", Requirement(line), frozenset({""})) for line in required]
     while waiting:
@@ -55,15 +55,16 @@ def unmet(required: Sequence[str]) -> tuple[set[str], list[str]]:
             continue
         if not requirement.specifier.contains(installed.version, prereleases=True):
             problems.append(f"{by} needs {requirement.name}{requirement.specifier}, {installed.version} is installed")
-        if name in checked and not requirement.extras:
+        wanted = frozenset({"", *requirement.extras})
+        if (name, wanted) in checked:
             continue
-        checked.add(name)
+        checked.add((name, wanted))
         for line in installed.requires or []:
             try:
-                waiting.append((name, Requirement(line), frozenset({"", *requirement.extras})))
+                waiting.append((name, Requirement(line), wanted))
             except InvalidRequirement:  # of an old package; pip does not read it either
                 continue
-    return checked, problems
+    return {name for name, _ in checked}, problems
 
 
 def pinned(text: str) -> list[str]:

@@ -109,7 +109,8 @@ def environment_id() -> str:
     import sysconfig
 
     packages = Path(sysconfig.get_path("purelib"))
-    made = packages.stat().st_ino if packages.is_dir() else 0
+    # A container's file system may number its folders anew at any time, and a service's environment is its only one.
+    made = packages.stat().st_ino if packages.is_dir() and here().service is None else 0
     return hashlib.sha256(f"{sys.prefix} {sys.version} {packages} {made}".encode()).hexdigest()[:12]
 
 

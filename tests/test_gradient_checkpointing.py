@@ -30,7 +30,8 @@ def estimator(preset: str, architecture: dict[str, int], gibibytes: float, *over
 def test_tinyllama_recomputes_only_where_its_card_needs_it() -> None:
     large, small = (estimator("tinyllama-flashcards", TINYLLAMA, size) for size in (15, 6))
     assert (large.checkpointing.value, small.checkpointing.value) == ("off", "on")
-    assert "which fits 15.0" in large.checkpointing.reason and "is too much for 6.0" in small.checkpointing.reason
+    assert "which fits into 15.0 GiB" in large.checkpointing.reason
+    assert "is too much for 6.0 GiB" in small.checkpointing.reason
     faster, slower = large.train(), small.train()
     assert faster.seconds is not None and slower.seconds is not None and faster.seconds < 0.9 * slower.seconds
     assert slower.gpu_memory_bytes < 6 * GIBIBYTE < faster.gpu_memory_bytes < 0.8 * 15 * GIBIBYTE

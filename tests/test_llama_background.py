@@ -234,6 +234,19 @@ def test_a_wheel_that_computes_nothing_replaces_nothing(world: World) -> None:
     assert not list((world.folder / "cache/wheels").iterdir())
 
 
+def test_a_kept_wheel_that_does_not_run_is_compiled_again(world: World) -> None:
+    world.start()
+    world.wait(on_gpu=True)
+    world.until_idle()
+    for name in ("llama_cpp", "llama_cpp_python-0.3.36.dist-info"):
+        shutil.rmtree(world.site / name)
+    broken = world.mark("broken")  # until now it ran: another driver
+    assert "is compiled in the background" in world.start()
+    broken.unlink()
+    world.wait(on_gpu=True)
+    assert world.installed == "CUDA" and len(world.builds) == 4
+
+
 def test_a_build_that_was_ended_is_begun_again_by_who_waits(world: World) -> None:
     slow = world.mark("slow")
     world.start()
@@ -275,6 +288,7 @@ with b.llama_cpp(False, {TELL}):
     assert world.installed == "CPU"
     ends.touch()
     assert stage.wait(30) == 0 and other.wait(30) == 0 and world.installed == "CUDA"
+    assert other.stdout is not None and other.stdout.read().count("as soon as no other run uses llama.cpp") == 1
 
 
 def test_where_set_up_has_begun_no_build_nothing_is_waited_for(world: World) -> None:

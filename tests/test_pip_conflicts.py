@@ -38,5 +38,14 @@ def test_what_medcots_packages_lack_is_found_through_their_requirements(
     assert unmet(["zz-own[gpu]==2.0"])[1][0] == "zz-own needs zz-extra==9, which is not installed"
 
 
+def test_packages_that_need_each_other_with_extras_are_checked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, "zz-a", "1", "zz-b[x]")
+    install(tmp_path, "zz-b", "1", "zz-a[y]; extra == 'x'")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert unmet(["zz-a==1"]) == ({"zz-a", "zz-b"}, [])
+
+
 def test_comments_pin_nothing() -> None:
     assert pinned("# torch==1\n\na==1 # why\nb\n") == ["a==1", "b"]

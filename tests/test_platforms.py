@@ -126,6 +126,20 @@ def test_every_service_has_a_machine_to_plan_for() -> None:
     assert platforms.service_named("Linux x86_64") is None and platforms.service_named("Kaggle") is KAGGLE
 
 
+@pytest.mark.parametrize("service", [False, True])
+def test_a_services_environment_is_known_by_its_place_alone(
+    service: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / name))
+    at = platforms.detect({"KAGGLE_KERNEL_RUN_TYPE": "Batch"} if service else {}, tmp_path)
+    monkeypatch.setattr(platforms, "here", lambda: at)
+    (tmp_path / "purelib").mkdir()
+    before = platforms.environment_id()
+    (tmp_path / "purelib").rename(tmp_path / "old")  # keeps its number
+    (tmp_path / "purelib").mkdir()
+    assert (platforms.environment_id() == before) is service
+
+
 def test_environments_are_told_apart_also_one_made_anew_in_the_same_place(tmp_path: Path) -> None:
     def identity(name: str) -> str:
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / name], check=True)

@@ -151,7 +151,7 @@ def test_kaggle_without_internet_is_one_sentence_before_pip(machine: Machine) ->
 def test_a_pip_that_cannot_keep_pytorch_ends_the_set_up(machine: Machine, index: str) -> None:
     outcome = machine.run(**SERVICES[0], PIP_INDEX_URL=index, PIP_FAILS="1")
     assert outcome.returncode == 1
-    assert f"beside torch=={importlib.metadata.version('torch')}" in outcome.stderr
+    assert f"next to torch=={importlib.metadata.version('torch')}" in outcome.stderr
     assert "-m pipeline.cli run" not in machine.calls
 
 

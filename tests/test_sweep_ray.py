@@ -47,7 +47,7 @@ def test_a_sweep_on_two_workers_survives_the_loss_of_one(tmp_path: Path) -> None
     assert messages.count("lost, Ray starts it again") == 1, messages
     assert messages.count("started by Ray") == 3, messages
     logs = [path.read_text() for path in out.glob("*/run.log")]
-    assert sorted(log.count("train: started") + log.count("train: goes on") for log in logs) == [1, 2]
+    assert sorted(log.count("train: started") + log.count("train: resumed") for log in logs) == [1, 2]
     for row in result.experiments:
         assert read_manifest(out / row.name / "eval") is not None
 

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from export import tokenizer_metadata
 from export.export import tokenizer_folder
 from export.tokenizer_metadata import read_vocabulary
-from pipeline.base_model import load_tokenizer
+from pipeline.base_model import load_tokenizer, local_base
 from pipeline.errors import MedcotError
 from pipeline.tokenizer_conversion import PROBE_TEXTS
 from pipeline.tokenizer_files import complete_tokenizer, default_chat_template, numbered_tokens, special_token_ids
@@ -282,6 +282,22 @@ def hub_cache(home: Path, repository: str, source: Path) -> Path:
     (folder / "refs" / "main").write_text(commit)
     shutil.copytree(source, folder / "snapshots" / commit)
     return folder / "snapshots" / commit
+
+
+@pytest.mark.parametrize("offline", [False, True])
+@pytest.mark.parametrize("revision", ["0123456789abcdef0123456789abcdef01234567", None])
+def test_a_cached_snapshot_serves_without_the_hub_also_by_its_commit(
+    revision: str | None, offline: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")  # nobody answers there
+    with pytest.raises(MedcotError, match="owner/model is not in the local cache and the hub cannot be reached"):
+        local_base("owner/model", revision)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    cached = hub_cache(tmp_path, "owner/model", tmp_path / "base")
+    assert local_base("owner/model", revision) == cached
 
 
 @pytest.mark.e2e

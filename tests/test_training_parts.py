@@ -15,6 +15,7 @@ from pipeline.config import Config, load_config
 from pipeline.errors import MedcotError
 from pipeline.prompts import ChatFormat, Example
 from pipeline.results import LossPoint
+from pipeline.run import stage_config, stage_named
 from pipeline.training.batch import Batch, first_batch, is_out_of_memory, keep_batch, memory_advice
 from pipeline.training.held_out import best_of, out_of_patience
 from pipeline.training.lora_model import autocast_asked_of
@@ -207,7 +208,27 @@ def test_memory_errors_are_told_from_others() -> None:
     ],
 )
 def test_the_setting_that_helps_most_is_named(settings: list[str], batch: Batch, advice: str) -> None:
-    assert advice in memory_advice(config_with(*settings), batch)
+    assert advice in memory_advice(config_with(*settings), batch, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "batch", "change"),
+    [
+        ([], Batch(2, 4), ["training.batch_size=1", "training.gradient_accumulation=8"]),
+        ([], Batch(2, 4), ["training.batch_size=auto", "training.step_examples=8"]),
+        (["training.gradient_checkpointing=false"], Batch(1, 8), ["training.gradient_checkpointing=true"]),
+        (["model.load_in_4bit=false"], Batch(1, 8), ["model.load_in_4bit=true"]),
+    ],
+)
+def test_the_advice_says_whether_it_costs_the_training(settings: list[str], batch: Batch, change: list[str]) -> None:
+    settings = [f"training.batch_size={batch.size}", f"training.gradient_accumulation={batch.accumulation}", *settings]
+    given, changed = config_with(*settings), config_with(*settings, *change)
+    told = memory_advice(given, batch, 20)
+    assert all(setting in told for setting in change)
+    train = stage_named("train")
+    kept = stage_config(train, changed) == stage_config(train, given)
+    assert ("training is kept, and resumes from step 20" if kept else "that starts training again") in told
+    assert "step" not in memory_advice(given, batch, 0).replace("step_examples", "")
 
 
 # Encoded rows

@@ -79,22 +79,33 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES)
 
 
-def memory_advice(config: Config, batch: Batch) -> str:
-    """The setting to change when a training step with ``batch`` ran out of memory; it starts training again."""
+def memory_advice(config: Config, batch: Batch, last_whole_step: int) -> str:
+    """The setting to change when a training step with ``batch`` ran out of memory, and what the change costs.
+
+    ``last_whole_step`` is that of the last checkpoint, 0 without one. The first two keep the training
+    (pipeline/free_settings.py).
+    """
     training = config.training
+    kept = f"; training is kept, and resumes from step {last_whole_step}" if last_whole_step else ""
     smaller = batch.smaller()
     if smaller is not None:
         processes = ranks.world_size()
         return (
             f"set training.batch_size={smaller.size} and training.gradient_accumulation="
             f"{smaller.accumulation * processes}, or training.batch_size=auto and training.step_examples="
-            f"{training.effective_batch}"
+            f"{training.effective_batch}{kept}"
         )
     if not training.gradient_checkpointing:
-        return "set training.gradient_checkpointing=true"
+        return f"set training.gradient_checkpointing=true{kept}"
+    advice = "lower model.max_seq_length or choose a smaller model.base"
     if not config.model.load_in_4bit:
-        return "set model.load_in_4bit=true"
-    return "lower model.max_seq_length or choose a smaller model.base"
+        advice = "set model.load_in_4bit=true"
+    if not last_whole_step:
+        return advice
+    return (
+        f"{advice}; that starts training again, while the same command with more memory free resumes from step "
+        f"{last_whole_step}"
+    )
 
 
 def evaluation_memory_advice(rows: int, step: int, last_whole_step: int) -> str:
