@@ -10,9 +10,12 @@ from pathlib import Path
 from pipeline.artifacts import (
     BEGUN_RECORDS_PATTERNS,
     CHECKPOINTS_NAME,
+    IN_PROGRESS_NAME,
     RECORDS_PATTERN,
+    Manifest,
     read_in_progress,
     read_manifest,
+    write_json,
 )
 from pipeline.checkpoints import SEAL_NAME, newest_first, step_of
 
@@ -63,6 +66,15 @@ def why_not_replaced(folder: Path, copy: Path) -> str | None:
         f"{copy} {there} and stays until this run's {folder.name} is as far: to keep both, give this run another name "
         "(--set name=...)"
     )
+
+
+def mark_resumable(folder: Path, manifest: Manifest) -> bool:
+    """Make an artifact's folder one that is resumed once its ``manifest`` is gone; False where nothing is to resume."""
+    if not (sealed_checkpoints(folder) or records(folder)):
+        return False
+    work = {"fingerprint": manifest.fingerprint, "versions": manifest.versions}
+    write_json(folder / IN_PROGRESS_NAME, work)
+    return True
 
 
 def sealed_checkpoints(folder: Path) -> list[Path]:
