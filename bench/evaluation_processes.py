@@ -166,10 +166,11 @@ def evaluate_one(task: EvaluationTask, part: Sequence[int], turn_seconds: float 
     scored = known_likelihoods(task)
     to_score = unscored(task)
     unanswered = [index for index in part if task.keys[index] not in outcomes]
-    limit = task.limit if turn_seconds is None else task.limit.at_most(turn_seconds)
-    if limit.is_up() or not (to_score or unanswered):
+    if task.limit.is_up() or not (to_score or unanswered):
         return
     with engines.open_engine(task.path, task.settings.engine) as engine:
+        # From here on: a turn that loading takes up would never measure anything.
+        limit = task.limit if turn_seconds is None else task.limit.at_most(turn_seconds)
         for index in to_score:
             if limit.is_up():
                 return

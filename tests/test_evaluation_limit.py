@@ -190,6 +190,20 @@ def test_likelihoods_take_turns_and_come_before_any_answer(
     assert evaluation_section(found) is not None
 
 
+def test_a_model_that_takes_longer_to_load_than_a_turn_is_measured(
+    models: list[Path], opened: dict[str, FakeEngine], clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one of several gigabytes from a slow disk."""
+
+    def load(path: Path, settings: engines.Settings) -> FakeEngine:
+        clock.now += 1.5 * evaluation_processes._TURN_SECONDS
+        return opened[path.name]
+
+    monkeypatch.setattr(engines, "open_engine", load)
+    found = run(models, tmp_path / "eval", clock, 10)
+    assert found.ended_early is not None and found.ended_early.scored == len(RECORDS)
+
+
 def test_a_limit_that_leaves_nothing_says_so(
     models: list[Path], opened: dict[str, FakeEngine], clock: Clock, tmp_path: Path
 ) -> None:
