@@ -60,8 +60,9 @@ def evaluate_side_by_side(
         work = _Work(pool, progress, tasks)
         if trained is not None:
             work.begin(
-                "The process that answered under transformers was ended by the system, most often because memory ran "
-                "out: let llama.cpp answer (evaluation.engine=llama.cpp).",
+                # When one process of a pool dies all are ended, and which it was is not known.
+                "The process that answered under transformers, or one that measured likelihoods next to it, was ended "
+                "by the system, most often because memory ran out: let llama.cpp answer (evaluation.engine=llama.cpp).",
                 answer_with_transformers,
                 trained,
                 tasks,
