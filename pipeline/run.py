@@ -186,7 +186,7 @@ class StageIdentity:
         return fingerprint(self.stage, self.config, self.inputs, self.versions)
 
 
-Status = Literal["made", "up to date", "gone on with"]
+Status = Literal["made", "up to date", "resumed"]
 
 
 @dataclass(frozen=True)
@@ -411,7 +411,7 @@ def _make(stage: Stage, state: _State, run_dir: Path, force: bool, announce: Cal
         announce(f"{stage.name}: {state.why}, made again")
     status = _start_folder(folder, state.expected, force, state.unfinished, stage_versions(stage))
     with llama_background.llama_cpp(stage.on_gpu, announce) if LLAMA_CPP in stage.packages else nullcontext():
-        announce(f"{stage.name}: {'goes on where it was interrupted' if status == 'gone on with' else 'started'}")
+        announce(f"{stage.name}: {'started' if status == 'made' else status}")
         _run_in_process(stage, run_dir)
     made = read_manifest(folder)
     if made is None:
@@ -450,7 +450,7 @@ def _start_folder(
     if read_in_progress(folder).get("fingerprint") == expected and not force:
         for name in (FAILURE_NAME, MANIFEST_NAME):  # a manifest is of other work, whose removal was cut off
             (folder / name).unlink(missing_ok=True)
-        return "gone on with"
+        return "resumed"
     if folder.exists():
         if not is_ours(folder):
             raise MedcotError(

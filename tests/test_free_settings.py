@@ -77,7 +77,7 @@ def test_an_unfinished_training_keeps_its_checkpoints(
 
     monkeypatch.setattr(driver, "_run_in_process", train)
     outcome = driver.run(config, run_dir, only="train", plan_first=False)
-    assert outcome.stages[0].status == "gone on with" and read_manifest(run_dir / "adapter") is not None
+    assert outcome.stages[0].status == "resumed" and read_manifest(run_dir / "adapter") is not None
 
 
 @pytest.mark.parametrize(

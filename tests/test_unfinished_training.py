@@ -93,7 +93,7 @@ def test_the_next_run_goes_on_until_it_is_finished(base: Path, run_dir: Path, mo
     assert read_manifest(folder) is None
     sessions.killed = False
     # Another limit, or none, is no other training.
-    assert train(config_of(base), run_dir) == "gone on with"
+    assert train(config_of(base), run_dir) == "resumed"
     assert sessions.steps == [0, 5, 5]
     assert read_manifest(folder) is not None and not (folder / CHECKPOINTS_NAME).exists()
     assert train(config, run_dir) == "up to date"
