@@ -30,7 +30,7 @@ from pipeline.artifacts import (
 )
 from pipeline.bring_back import CONFIG_NAME, bring_back, left_behind_by_a_copy, stage_folders
 from pipeline.checkpoints import SEAL_NAME, newest_first
-from pipeline.stage_progress import mark_resumable, records, sealed_checkpoints, stage_progress, why_not_replaced
+from pipeline.stage_progress import mark_resumable, records, sealed_checkpoints, why_not_replaced, work_in
 
 # Replaced files go to Drive's bin, which counts, so checkpoints are not copied as often as they are made.
 _SECONDS_BETWEEN = 300.0
@@ -153,8 +153,7 @@ def _copy_folder(folder: Path, copy: Path) -> str | None:
 
 def _remove_other_work(folder: Path, copy: Path) -> None:
     """Or a copy that is cut off would be resumed from the checkpoints of other work."""
-    ours, theirs = stage_progress(folder), stage_progress(copy)
-    if ours is not None and theirs is not None and ours.fingerprint == theirs.fingerprint:
+    if work_in(folder) == work_in(copy):
         return
     (copy / IN_PROGRESS_NAME).unlink(missing_ok=True)
     if (copy / CHECKPOINTS_NAME).is_dir():

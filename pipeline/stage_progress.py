@@ -35,8 +35,7 @@ class StageProgress:
 
 def stage_progress(folder: Path) -> StageProgress | None:
     """None where nothing is finished or under way. What ran out of time is an artifact, and not finished."""
-    manifest = read_manifest(folder)
-    fingerprint = manifest.fingerprint if manifest is not None else read_in_progress(folder).get("fingerprint")
+    manifest, fingerprint = read_manifest(folder), work_in(folder)
     if fingerprint is None:
         return None
     steps = [step_of(checkpoint) for checkpoint in sealed_checkpoints(folder)]
@@ -50,6 +49,12 @@ def stage_progress(folder: Path) -> StageProgress | None:
         amount=max([*steps, evaluated]),
         trained=bool(steps) or (manifest is not None and manifest.stage == "train"),
     )
+
+
+def work_in(folder: Path) -> str | None:
+    """The fingerprint of what is finished or under way there."""
+    manifest = read_manifest(folder)
+    return manifest.fingerprint if manifest is not None else read_in_progress(folder).get("fingerprint")
 
 
 def why_not_replaced(folder: Path, copy: Path) -> str | None:
