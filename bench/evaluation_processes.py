@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def evaluate_side_by_side(
         for task in tasks
     ]
     pool = ProcessPoolExecutor(workers + (trained is not None), get_context("spawn"), initializer=end_with_parent)
-    with pool, _progress() as progress:
+    with pool, _progress() as progress, _ended_on_an_error():
         work = _Work(pool, progress, tasks)
         if trained is not None:
             work.begin(
@@ -78,6 +79,17 @@ def evaluate_side_by_side(
         if trained is not None:
             work.wait_for_all()
             work.wave(complete_answers)
+
+
+@contextmanager
+def _ended_on_an_error() -> Iterator[None]:
+    """The pool would wait for whatever still runs, an hour of answers perhaps; what is known is in the files."""
+    try:
+        yield
+    except BaseException:
+        for process in active_children():
+            process.terminate()
+        raise
 
 
 class _Work:

@@ -108,8 +108,8 @@ def copy_finished(run_dir: Path, copy: Path) -> list[str]:
 
 def _copy_without_records(run_dir: Path, copy: Path) -> list[str]:
     # The configuration first: without it nothing is taken up.
-    if (run_dir / CONFIG_NAME).is_file() and not _same(run_dir / CONFIG_NAME, copy / CONFIG_NAME):
-        copy_file(run_dir / CONFIG_NAME, copy / CONFIG_NAME)
+    if (run_dir / CONFIG_NAME).is_file():
+        _copy_if_changed(run_dir / CONFIG_NAME, copy / CONFIG_NAME)
     folders = [folder for folder in stage_folders(run_dir) if not records(folder)]
     return [sentence for folder in folders if (sentence := _copy_folder(folder, copy / folder.name))]
 
@@ -190,12 +190,11 @@ def _copy_artifact(folder: Path, copy: Path, manifest: Manifest, before: Manifes
 def _copy_unfinished(folder: Path, copy: Path) -> set[str]:
     """What an interrupted stage is resumed from: its checkpoints and the small files next to them."""
     # First, because without it the rest of a copy that is cut off belongs to nothing.
-    copy_file(folder / IN_PROGRESS_NAME, copy / IN_PROGRESS_NAME)
+    _copy_if_changed(folder / IN_PROGRESS_NAME, copy / IN_PROGRESS_NAME)
     _copy_checkpoints(folder / CHECKPOINTS_NAME, copy / CHECKPOINTS_NAME)
     small = [path for path in folder.iterdir() if path.is_file() and not path.name.endswith(WORKING_SUFFIXES)]
     for path in small:
-        if not _same(path, copy / path.name):  # what is replaced goes to Drive's bin
-            copy_file(path, copy / path.name)
+        _copy_if_changed(path, copy / path.name)
     (copy / MANIFEST_NAME).unlink(missing_ok=True)
     return {path.name for path in small}
 
@@ -217,6 +216,12 @@ def _copy_checkpoints(checkpoints: Path, copy: Path) -> None:
     for former in newest_first(copy):
         if former.name not in {path.name for path in sealed}:
             shutil.rmtree(former)
+
+
+def _copy_if_changed(path: Path, copy: Path) -> None:
+    """A small file; what is replaced goes to Drive's bin."""
+    if not _same(path, copy):
+        copy_file(path, copy)
 
 
 def _same(first: Path, second: Path) -> bool:

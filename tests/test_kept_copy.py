@@ -204,6 +204,17 @@ def test_the_records_of_an_evaluation_at_work_are_copied_within_seconds(run_dir:
         run_dir.joinpath("config.yaml").unlink()
 
 
+def test_of_an_evaluation_at_work_only_what_has_grown_is_copied_again(run_dir: Path, copy: Path) -> None:
+    evaluation(run_dir, '{"key": 1}\n')
+    (run_dir / "eval/records-r-base-Q4_K_M.gguf.jsonl").write_text('{"key": 2}\n')
+    copy_finished(run_dir, copy)
+    before = {path.name: path.stat().st_mtime_ns for path in (copy / "eval").iterdir()}
+    evaluation(run_dir, '{"key": 1}\n{"key": 3}\n')
+    copy_finished(run_dir, copy)
+    changed = [path.name for path in (copy / "eval").iterdir() if path.stat().st_mtime_ns != before[path.name]]
+    assert changed == ["records-r-Q4_K_M.gguf.jsonl"]
+
+
 def test_a_new_machine_resumes_an_evaluation_and_misses_only_what_stayed_behind(run_dir: Path, copy: Path) -> None:
     exported(run_dir)
     evaluation(run_dir, "{}\n")
