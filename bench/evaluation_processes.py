@@ -178,7 +178,7 @@ def evaluate_one(task: EvaluationTask, part: Sequence[int], turn_seconds: float 
     outcomes = read_lines(records_path(task.out_dir, task.path), RecordOutcome, task.keys)
     scored = known_likelihoods(task)
     to_score = unscored(task)
-    unanswered = [index for index in part if task.keys[index] not in outcomes]
+    unanswered = {index for index in part if task.keys[index] not in outcomes}
     if task.limit.is_up() or not (to_score or unanswered):
         return
     with engines.open_engine(task.path, task.settings.engine) as engine:
@@ -190,9 +190,12 @@ def evaluate_one(task: EvaluationTask, part: Sequence[int], turn_seconds: float 
             key = task.keys[index]
             scored[key] = measure_likelihood(engine, key, task.records[index], task.settings.max_record_tokens)
             append(likelihoods_path(task.out_dir, task.path), scored[key])
-        for index, new, chosen in answers(task, unanswered, engine.chat_format, engine.generate_many):
-            written = WrittenAnswer(key=task.keys[index], new=new, chosen=chosen)
-            _append_outcome(task, index, engine, scored[written.key], written, engine.name)
+        # transformers answers short questions first, so that the time limit would leave gaps all over the records.
+        for some in task.rounds if engine.name == "transformers" else [part]:
+            waiting = [index for index in some if index in unanswered]
+            for index, new, chosen in answers(task, waiting, engine.chat_format, engine.generate_many):
+                written = WrittenAnswer(key=task.keys[index], new=new, chosen=chosen)
+                _append_outcome(task, index, engine, scored[written.key], written, engine.name)
 
 
 def complete_answers(task: EvaluationTask) -> None:
