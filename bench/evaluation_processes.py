@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,13 @@ def evaluate_side_by_side(
         for task in tasks
     ]
     pool = ProcessPoolExecutor(workers + (trained is not None), get_context("spawn"), initializer=end_with_parent)
-    with pool, _progress() as progress:
+    with pool, _progress() as progress, _ended_on_an_error():
         work = _Work(pool, progress, tasks)
         if trained is not None:
             work.begin(
-                "The process that answered under transformers was ended by the system, most often because memory ran "
-                "out: let llama.cpp answer (evaluation.engine=llama.cpp).",
+                # When one process of a pool dies all are ended, and which it was is not known.
+                "The process that answered under transformers, or one that measured likelihoods next to it, was ended "
+                "by the system, most often because memory ran out: let llama.cpp answer (evaluation.engine=llama.cpp).",
                 answer_with_transformers,
                 trained,
                 tasks,
@@ -77,6 +79,17 @@ def evaluate_side_by_side(
         if trained is not None:
             work.wait_for_all()
             work.wave(complete_answers)
+
+
+@contextmanager
+def _ended_on_an_error() -> Iterator[None]:
+    """The pool would wait for whatever still runs, an hour of answers perhaps; what is known is in the files."""
+    try:
+        yield
+    except BaseException:
+        for process in active_children():
+            process.terminate()
+        raise
 
 
 class _Work:
@@ -165,20 +178,24 @@ def evaluate_one(task: EvaluationTask, part: Sequence[int], turn_seconds: float 
     outcomes = read_lines(records_path(task.out_dir, task.path), RecordOutcome, task.keys)
     scored = known_likelihoods(task)
     to_score = unscored(task)
-    unanswered = [index for index in part if task.keys[index] not in outcomes]
-    limit = task.limit if turn_seconds is None else task.limit.at_most(turn_seconds)
-    if limit.is_up() or not (to_score or unanswered):
+    unanswered = {index for index in part if task.keys[index] not in outcomes}
+    if task.limit.is_up() or not (to_score or unanswered):
         return
     with engines.open_engine(task.path, task.settings.engine) as engine:
+        # From here on: a turn that loading takes up would never measure anything.
+        limit = task.limit if turn_seconds is None else task.limit.at_most(turn_seconds)
         for index in to_score:
             if limit.is_up():
                 return
             key = task.keys[index]
             scored[key] = measure_likelihood(engine, key, task.records[index], task.settings.max_record_tokens)
             append(likelihoods_path(task.out_dir, task.path), scored[key])
-        for index, new, chosen in answers(task, unanswered, engine.chat_format, engine.generate_many):
-            written = WrittenAnswer(key=task.keys[index], new=new, chosen=chosen)
-            _append_outcome(task, index, engine, scored[written.key], written, engine.name)
+        # transformers answers short questions first, so that the time limit would leave gaps all over the records.
+        for some in task.rounds if engine.name == "transformers" else [part]:
+            waiting = [index for index in some if index in unanswered]
+            for index, new, chosen in answers(task, waiting, engine.chat_format, engine.generate_many):
+                written = WrittenAnswer(key=task.keys[index], new=new, chosen=chosen)
+                _append_outcome(task, index, engine, scored[written.key], written, engine.name)
 
 
 def complete_answers(task: EvaluationTask) -> None:

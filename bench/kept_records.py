@@ -111,9 +111,10 @@ def remove_unusable(out_dir: Path, model: Path, keys: Sequence[str], engine: Eng
     for key, outcome in others.items():
         likelihoods[key] = Likelihood(**outcome.model_dump(include=set(Likelihood.model_fields)))
         del outcomes[key]
-    rewrite(records_path(out_dir, model), outcomes)
+    # The outcomes last: until then they hold the likelihoods too.
     rewrite(likelihoods_path(out_dir, model), likelihoods)
     rewrite(answers_path(out_dir, model), answers)
+    rewrite(records_path(out_dir, model), outcomes)
     return removed
 
 

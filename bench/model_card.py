@@ -233,7 +233,8 @@ def _limits(config: Config, run: Run) -> Part:
         points.append("The training cases are invented, few, and no clinician has reviewed them: they show that the "
                       "pipeline works, and teach no medicine.")  # fmt: skip
     if run.evaluated is not None and run.evaluated.models:
-        n = min(model.answer_perplexity.n for model in run.evaluated.models)
+        measured = [model.answer_perplexity or model.perplexity for model in run.evaluated.models]
+        n = min(0 if estimate is None else estimate.n for estimate in measured)
         points.append(f"The evaluation has {n} records; differences inside its intervals are not differences.")
     return Part("Limits", points=tuple(points))
 

@@ -81,7 +81,8 @@ class ComparedRun:
         prepared, evaluation = self.run.artifacts.get("prepare"), self.config.evaluation
         files = [] if prepared is None else prepared.manifest.files
         hashes = [record.sha256 for record in files if record.path == EVAL_FILE]
-        return (*hashes, str(evaluation.rows), str(evaluation.choice_rows), str(evaluation.max_new_tokens))
+        used = (evaluation.rows, evaluation.choice_rows, evaluation.max_new_tokens, self.config.truncated_at)
+        return (*hashes, *map(str, used))
 
 
 def open_runs(folders: Sequence[Path]) -> list[ComparedRun]:
@@ -149,7 +150,8 @@ def _differences(runs: Sequence[ComparedRun]) -> tuple[list[Comparison], dict[st
     not_compared: dict[str, str] = {}
     for other in others:
         try:
-            if other.held_out != first.held_out:
+            engines = {each.tuned.engine for each in (first, other) if each.tuned is not None}
+            if other.held_out != first.held_out or len(engines) > 1:
                 raise MedcotError(f"{first.name} was evaluated on other records or in another way")
             common = min(len(other.outcomes), len(first.outcomes))  # a time limit may have ended one earlier
             ours, theirs = (Measured(each.outcomes[:common], each.outcomes[:common]) for each in (other, first))

@@ -17,7 +17,7 @@ from pipeline.artifacts import (
     write_json,
 )
 from pipeline.errors import MedcotError
-from pipeline.stage_progress import stage_progress
+from pipeline.stage_progress import mark_resumable, stage_progress
 
 CONFIG_NAME = "config.yaml"
 
@@ -43,7 +43,8 @@ def bring_back(copy: Path, run_dir: Path, announce: Callable[[str], None]) -> No
                 brought = True
                 if not empty:
                     announce(f"keep: {folder.name} is farther in {copy}: taken from there")
-                _bring(folder, run_dir / folder.name, announce)
+                if not _bring(folder, run_dir / folder.name, announce):
+                    waiting.append(folder)  # its checkpoints or records may be wanted
         if empty:
             shutil.copyfile(copy / CONFIG_NAME, run_dir / CONFIG_NAME)
     except (OSError, shutil.Error) as error:
@@ -71,8 +72,11 @@ def _is_wanted(folder: Path, run_dir: Path, empty: bool) -> bool:
     return all(here.get(stage) == digest for stage, digest in manifest.inputs.items())
 
 
-def _bring(folder: Path, target: Path, announce: Callable[[str], None]) -> None:
-    """Copy a stage's folder back, whole or not at all: an artifact whose files are not what it says is made again."""
+def _bring(folder: Path, target: Path, announce: Callable[[str], None]) -> bool:
+    """Copy a stage's folder back, whole or not at all.
+
+    False for an artifact whose files are not what it says: it is none any more, and made again from what is left.
+    """
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     manifest = read_manifest(folder)
@@ -88,10 +92,11 @@ def _bring(folder: Path, target: Path, announce: Callable[[str], None]) -> None:
             if sha256_file(temporary / record.path) != record.sha256:
                 damaged.append(record.path)
         if damaged:
-            announce(f"keep: {folder / damaged[0]} was not copied whole: {manifest.stage} is made again")
+            is_what = "resumed from what was kept on the way" if mark_resumable(folder, manifest) else "made again"
+            announce(f"keep: {folder / damaged[0]} was not copied whole: {manifest.stage} is {is_what}")
             (folder / MANIFEST_NAME).unlink()  # it is wrong, and would spare the file from being copied again
             shutil.rmtree(temporary)
-            return
+            return False
         if (folder / CHECKPOINTS_NAME).is_dir():
             shutil.copytree(folder / CHECKPOINTS_NAME, temporary / CHECKPOINTS_NAME)
         if absent:
@@ -100,6 +105,7 @@ def _bring(folder: Path, target: Path, announce: Callable[[str], None]) -> None:
     if target.exists():
         shutil.rmtree(target)
     temporary.rename(target)
+    return True
 
 
 def left_behind_by_a_copy(manifest: Manifest) -> set[str]:

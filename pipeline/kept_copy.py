@@ -30,7 +30,7 @@ from pipeline.artifacts import (
 )
 from pipeline.bring_back import CONFIG_NAME, bring_back, left_behind_by_a_copy, stage_folders
 from pipeline.checkpoints import SEAL_NAME, newest_first
-from pipeline.stage_progress import records, sealed_checkpoints, why_not_replaced
+from pipeline.stage_progress import mark_resumable, records, sealed_checkpoints, why_not_replaced, work_in
 
 # Replaced files go to Drive's bin, which counts, so checkpoints are not copied as often as they are made.
 _SECONDS_BETWEEN = 300.0
@@ -108,8 +108,8 @@ def copy_finished(run_dir: Path, copy: Path) -> list[str]:
 
 def _copy_without_records(run_dir: Path, copy: Path) -> list[str]:
     # The configuration first: without it nothing is taken up.
-    if (run_dir / CONFIG_NAME).is_file() and not _same(run_dir / CONFIG_NAME, copy / CONFIG_NAME):
-        copy_file(run_dir / CONFIG_NAME, copy / CONFIG_NAME)
+    if (run_dir / CONFIG_NAME).is_file():
+        _copy_if_changed(run_dir / CONFIG_NAME, copy / CONFIG_NAME)
     folders = [folder for folder in stage_folders(run_dir) if not records(folder)]
     return [sentence for folder in folders if (sentence := _copy_folder(folder, copy / folder.name))]
 
@@ -141,6 +141,7 @@ def _copy_folder(folder: Path, copy: Path) -> str | None:
     if (reason := why_not_replaced(folder, copy)) is not None:
         return reason
     before = read_manifest(copy)
+    _remove_other_work(folder, copy)
     kept = _copy_unfinished(folder, copy) if manifest is None else _copy_artifact(folder, copy, manifest, before)
     # Under another name it is of no use any more, and fills Drive.
     for record in before.files if before is not None else []:
@@ -150,6 +151,16 @@ def _copy_folder(folder: Path, copy: Path) -> str | None:
     return None if ship is None else f"{copy / ship} is whole"
 
 
+def _remove_other_work(folder: Path, copy: Path) -> None:
+    """Or a copy that is cut off would be resumed from the checkpoints of other work."""
+    if work_in(folder) == work_in(copy):
+        return
+    (copy / IN_PROGRESS_NAME).unlink(missing_ok=True)
+    if (copy / CHECKPOINTS_NAME).is_dir():
+        (copy / MANIFEST_NAME).unlink(missing_ok=True)
+        shutil.rmtree(copy / CHECKPOINTS_NAME)
+
+
 def _copy_artifact(folder: Path, copy: Path, manifest: Manifest, before: Manifest | None) -> set[str]:
     """Gives the paths of the files that are kept; what the copy has already by its own manifest is not copied again."""
     there = {record.path: record for record in before.files} if before is not None else {}
@@ -157,26 +168,33 @@ def _copy_artifact(folder: Path, copy: Path, manifest: Manifest, before: Manifes
     # The one to ship is in use first.
     files = sorted(manifest.files, key=lambda record: record.path != manifest.result.get("ship"))
     kept = [record for record in files if record.path not in other]
+    if before is not None and before.fingerprint == manifest.fingerprint:
+        # Without its manifest the copy is then what the artifact was continued from.
+        mark_resumable(copy, before)
     (copy / MANIFEST_NAME).unlink(missing_ok=True)
     for record in kept:
         target = copy / record.path
         if there.get(record.path) != record or not target.is_file() or target.stat().st_size != record.size:
             copy_file(folder / record.path, target)
     # A training that has run out of time is an artifact, and is resumed from its checkpoints.
-    _copy_checkpoints(folder / CHECKPOINTS_NAME, copy / CHECKPOINTS_NAME)
+    if sealed_checkpoints(folder):
+        _copy_checkpoints(folder / CHECKPOINTS_NAME, copy / CHECKPOINTS_NAME)
     copy_file(folder / MANIFEST_NAME, copy / MANIFEST_NAME)
     (copy / IN_PROGRESS_NAME).unlink(missing_ok=True)
+    # Of a finished training they go last: they are what a copy without its manifest is resumed from.
+    if not sealed_checkpoints(folder) and (copy / CHECKPOINTS_NAME).is_dir():
+        shutil.rmtree(copy / CHECKPOINTS_NAME)
     return {record.path for record in kept}
 
 
 def _copy_unfinished(folder: Path, copy: Path) -> set[str]:
     """What an interrupted stage is resumed from: its checkpoints and the small files next to them."""
     # First, because without it the rest of a copy that is cut off belongs to nothing.
-    copy_file(folder / IN_PROGRESS_NAME, copy / IN_PROGRESS_NAME)
+    _copy_if_changed(folder / IN_PROGRESS_NAME, copy / IN_PROGRESS_NAME)
     _copy_checkpoints(folder / CHECKPOINTS_NAME, copy / CHECKPOINTS_NAME)
     small = [path for path in folder.iterdir() if path.is_file() and not path.name.endswith(WORKING_SUFFIXES)]
     for path in small:
-        copy_file(path, copy / path.name)
+        _copy_if_changed(path, copy / path.name)
     (copy / MANIFEST_NAME).unlink(missing_ok=True)
     return {path.name for path in small}
 
@@ -198,6 +216,12 @@ def _copy_checkpoints(checkpoints: Path, copy: Path) -> None:
     for former in newest_first(copy):
         if former.name not in {path.name for path in sealed}:
             shutil.rmtree(former)
+
+
+def _copy_if_changed(path: Path, copy: Path) -> None:
+    """A small file; what is replaced goes to Drive's bin."""
+    if not _same(path, copy):
+        copy_file(path, copy)
 
 
 def _same(first: Path, second: Path) -> bool:

@@ -206,7 +206,9 @@ class ModelEvaluation(Measurement):
         description="What wrote the answers: llama.cpp from the file, or base and adapter under transformers. A GGUF's "
         "likelihoods are always llama.cpp's.",
     )
-    answer_perplexity: Estimate = Field(description="Token-weighted, given the reference reasoning.")
+    answer_perplexity: Estimate | None = Field(
+        description="Token-weighted, given the reference reasoning; None where every record is cut off before it."
+    )
     reasoning_perplexity: Estimate | None = Field(description="Token-weighted; None without reasoning.")
     well_formed: Estimate | None = Field(
         description="Exactly one closed thought, then a non-empty answer; None where the time limit left no answers."

@@ -413,7 +413,7 @@ def _make(stage: Stage, state: _State, run_dir: Path, force: bool, announce: Cal
         announce(f"{stage.name}: {state.why}, made again")
     status = _start_folder(folder, state.expected, force, state.unfinished, stage_versions(stage))
     with llama_background.llama_cpp(stage.on_gpu, announce) if LLAMA_CPP in stage.packages else nullcontext():
-        announce(f"{stage.name}: {'resumed where it was interrupted' if status == 'resumed' else 'started'}")
+        announce(f"{stage.name}: {'started' if status == 'made' else status}")
         _run_in_process(stage, run_dir)
     made = read_manifest(folder)
     if made is None:

@@ -10,9 +10,12 @@ from pathlib import Path
 from pipeline.artifacts import (
     BEGUN_RECORDS_PATTERNS,
     CHECKPOINTS_NAME,
+    IN_PROGRESS_NAME,
     RECORDS_PATTERN,
+    Manifest,
     read_in_progress,
     read_manifest,
+    write_json,
 )
 from pipeline.checkpoints import SEAL_NAME, newest_first, step_of
 
@@ -32,8 +35,7 @@ class StageProgress:
 
 def stage_progress(folder: Path) -> StageProgress | None:
     """None where nothing is finished or under way. What ran out of time is an artifact, and not finished."""
-    manifest = read_manifest(folder)
-    fingerprint = manifest.fingerprint if manifest is not None else read_in_progress(folder).get("fingerprint")
+    manifest, fingerprint = read_manifest(folder), work_in(folder)
     if fingerprint is None:
         return None
     steps = [step_of(checkpoint) for checkpoint in sealed_checkpoints(folder)]
@@ -47,6 +49,12 @@ def stage_progress(folder: Path) -> StageProgress | None:
         amount=max([*steps, evaluated]),
         trained=bool(steps) or (manifest is not None and manifest.stage == "train"),
     )
+
+
+def work_in(folder: Path) -> str | None:
+    """The fingerprint of what is finished or under way there."""
+    manifest = read_manifest(folder)
+    return manifest.fingerprint if manifest is not None else read_in_progress(folder).get("fingerprint")
 
 
 def why_not_replaced(folder: Path, copy: Path) -> str | None:
@@ -63,6 +71,15 @@ def why_not_replaced(folder: Path, copy: Path) -> str | None:
         f"{copy} {there} and stays until this run's {folder.name} is as far: to keep both, give this run another name "
         "(--set name=...)"
     )
+
+
+def mark_resumable(folder: Path, manifest: Manifest) -> bool:
+    """Make an artifact's folder one that is resumed once its ``manifest`` is gone; False where nothing is to resume."""
+    if not (sealed_checkpoints(folder) or records(folder)):
+        return False
+    work = {"fingerprint": manifest.fingerprint, "versions": manifest.versions}
+    write_json(folder / IN_PROGRESS_NAME, work)
+    return True
 
 
 def sealed_checkpoints(folder: Path) -> list[Path]:

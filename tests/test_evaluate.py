@@ -82,6 +82,22 @@ def test_likelihoods_are_read_at_the_right_positions(
     assert (outcome.answer_nll, outcome.answer_tokens) == (2.0 * len(answer), len(answer))
 
 
+def test_records_that_are_cut_off_in_the_thought_have_no_answer_to_measure(
+    models: list[Path], opened: dict[str, FakeEngine], tmp_path: Path
+) -> None:
+    """As data.too_long=truncate leaves a record whose thought alone is longer than the context."""
+    prompt, _, _ = opened["tuned.gguf"].chat_format.encode_parts(EXAMPLES[1])
+    cut = EvaluationSettings(max_new_tokens=60, max_record_tokens=len(prompt) + 5)
+    found = evaluate.evaluate_models(
+        models, ["tuned", "base"], [RECORDS[1]], tmp_path / "eval", cut, [parse_gate("answer_perplexity", "better")]
+    )
+    assert [model.answer_perplexity for model in found.models] == [None, None]
+    assert all(model.reasoning_perplexity is not None and model.reasoning_perplexity.n == 1 for model in found.models)
+    assert "answer_perplexity" not in {each.metric for each in found.comparisons}
+    assert not found.gates[0].passed and "is not measured" in found.gates[0].detail
+    print_evaluation(found)
+
+
 def test_samples_hold_both_outputs(models: list[Path], opened: dict[str, FakeEngine], tmp_path: Path) -> None:
     samples = run(models, tmp_path / "eval").samples
     assert [sample.kind for sample in samples] == ["reference"] * 3 + ["held-out"] * 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,17 @@ from bench_models import Clock, FakeEngine
 
 from bench import engines, evaluate, evaluation_processes, evaluation_task
 from bench.evaluation_display import print_evaluation
+from bench.evaluation_processes import evaluate_one
+from bench.evaluation_task import EvaluationTask
 from bench.held_out import REFERENCE_QUESTIONS, HeldOutRecord
+from bench.kept_records import KeptRecords
 from bench.record_outcome import EvaluationSettings
 from bench.sections.evaluation import evaluation_section
 from pipeline.errors import MedcotError
 from pipeline.gates import parse_gate
 from pipeline.prompts import Example
-from pipeline.results import Evaluation
-from pipeline.time_limit import TimeLimit
+from pipeline.results import EngineName, Evaluation
+from pipeline.time_limit import NO_LIMIT, TimeLimit
 
 RECORDS = [HeldOutRecord(Example(f"Question {number}?", "why", "so it is")) for number in range(4)]
 SETTINGS = EvaluationSettings(max_new_tokens=60)
@@ -121,6 +124,25 @@ def test_the_reader_is_told_how_few(
     assert (rows["ROUGE-L of the answer ↑"], rows["Perplexity of the reference answer ↓"]) == ("2", "4")
 
 
+def test_a_folder_under_transformers_is_answered_from_the_first_record_on(
+    opened: dict[str, FakeEngine], clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class LastFirst(FakeEngine):
+        name: EngineName = "transformers"
+
+        def generate_many(
+            self, prompts: Sequence[Sequence[int]], max_new_tokens: int, limit: TimeLimit = NO_LIMIT
+        ) -> Iterator[tuple[int, list[int]]]:
+            for index, new in super().generate_many(prompts[::-1], max_new_tokens, limit):
+                yield len(prompts) - 1 - index, new
+
+    monkeypatch.setattr(engines, "open_engine", lambda *_: LastFirst(clock=clock))
+    keys = [f"key {number}" for number in range(len(RECORDS))]
+    task = EvaluationTask(tmp_path / "folder", RECORDS, keys, tmp_path, SETTINGS, TimeLimit.starting_now(3.5, clock))
+    evaluate_one(task, range(len(RECORDS)))
+    assert [each.key for each in KeptRecords.read(task).answered] == keys[:2]  # a third one is the fourth record's
+
+
 @pytest.mark.parametrize("later", [60, None])
 def test_a_raised_limit_answers_the_rest_alone(
     models: list[Path], opened: dict[str, FakeEngine], clock: Clock, tmp_path: Path, later: float | None
@@ -188,6 +210,20 @@ def test_likelihoods_take_turns_and_come_before_any_answer(
     assert {each.metric for each in found.comparisons} == {"perplexity", "reasoning_perplexity", "answer_perplexity"}
     print_evaluation(found)
     assert evaluation_section(found) is not None
+
+
+def test_a_model_that_takes_longer_to_load_than_a_turn_is_measured(
+    models: list[Path], opened: dict[str, FakeEngine], clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one of several gigabytes from a slow disk."""
+
+    def load(path: Path, settings: engines.Settings) -> FakeEngine:
+        clock.now += 1.5 * evaluation_processes._TURN_SECONDS
+        return opened[path.name]
+
+    monkeypatch.setattr(engines, "open_engine", load)
+    found = run(models, tmp_path / "eval", clock, 10)
+    assert found.ended_early is not None and found.ended_early.scored == len(RECORDS)
 
 
 def test_a_limit_that_leaves_nothing_says_so(

@@ -1,5 +1,6 @@
 """What the parts of tests/gpu/run.sh are made of, without a GPU: emulated card, watch on the GPU, what is kept."""
 
+import importlib
 import json
 import tarfile
 import time
@@ -10,6 +11,7 @@ import pytest
 import torch
 from gpu_watch import NAME, GpuWatch, memory_used
 from kept import ARCHIVE, LOGS, keep
+from part_list import PARTS
 from random_checkpoint import save_tokenizer
 from smaller_card import EIGHT_GB, T4, Card, confine_to, report_as
 from synthetic import write_rows
@@ -22,6 +24,11 @@ from pipeline.machines import MACHINES
 from pipeline.prompts import Example
 
 H200_BYTES = 150_754_820_096
+
+
+@pytest.mark.parametrize("name", [part.module or f"parts.{part.name}" for part in PARTS])
+def test_every_part_finds_what_it_imports(name: str) -> None:
+    assert callable(importlib.import_module(name).measure)
 
 
 @pytest.mark.parametrize(

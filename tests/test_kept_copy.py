@@ -13,12 +13,14 @@ from bench.evaluation_processes import evaluate_one
 from bench.evaluation_task import EvaluationTask
 from bench.held_out import HeldOutRecord
 from bench.record_outcome import EvaluationSettings, record_keys
+from pipeline import kept_copy as kept
 from pipeline.artifacts import (
     FileRecord,
     Manifest,
     artifact_files,
     changed_files,
     left_behind,
+    read_in_progress,
     read_manifest,
     sha256_file,
     write_manifest,
@@ -202,6 +204,17 @@ def test_the_records_of_an_evaluation_at_work_are_copied_within_seconds(run_dir:
         run_dir.joinpath("config.yaml").unlink()
 
 
+def test_of_an_evaluation_at_work_only_what_has_grown_is_copied_again(run_dir: Path, copy: Path) -> None:
+    evaluation(run_dir, '{"key": 1}\n')
+    (run_dir / "eval/records-r-base-Q4_K_M.gguf.jsonl").write_text('{"key": 2}\n')
+    copy_finished(run_dir, copy)
+    before = {path.name: path.stat().st_mtime_ns for path in (copy / "eval").iterdir()}
+    evaluation(run_dir, '{"key": 1}\n{"key": 3}\n')
+    copy_finished(run_dir, copy)
+    changed = [path.name for path in (copy / "eval").iterdir() if path.stat().st_mtime_ns != before[path.name]]
+    assert changed == ["records-r-Q4_K_M.gguf.jsonl"]
+
+
 def test_a_new_machine_resumes_an_evaluation_and_misses_only_what_stayed_behind(run_dir: Path, copy: Path) -> None:
     exported(run_dir)
     evaluation(run_dir, "{}\n")
@@ -362,3 +375,64 @@ def test_a_copy_that_cannot_be_read_is_told(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(MedcotError, match=r"cannot be read \(Is a directory\): mount it again"):
         bring_back(copy, tmp_path / "new", print)
     assert not (tmp_path / "new" / "config.yaml").exists()
+
+
+def cut_off_at(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The machine goes when the first file of that name is copied."""
+    real = kept.copy_file
+
+    def copy_file(source: Path, target: Path) -> None:
+        if source.name == name:
+            raise MedcotError("the machine is gone")
+        real(source, target)
+
+    monkeypatch.setattr(kept, "copy_file", copy_file)
+
+
+def test_a_copy_that_is_cut_off_is_not_resumed_from_the_checkpoints_of_another_training(
+    run_dir: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint(run_dir / "adapter", 50)
+    copy_finished(run_dir, copy)
+    shutil.rmtree(run_dir / "adapter")
+    checkpoint(run_dir / "adapter", 60, "other weights")
+    (run_dir / "adapter/in_progress.json").write_text('{"fingerprint": "other"}')
+    cut_off_at(monkeypatch, "adapter.safetensors")
+    with pytest.raises(MedcotError, match="gone"):
+        copy_finished(run_dir, copy)
+    assert read_in_progress(copy / "adapter") == {"fingerprint": "other"}
+    assert latest_whole(copy / "adapter/checkpoints") is None
+
+
+@pytest.mark.parametrize("cut_off", ["adapter_model.safetensors", "manifest.json"])
+def test_a_training_that_ends_while_it_is_copied_is_resumed_from_its_last_checkpoint(
+    cut_off: str, run_dir: Path, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its time had run out in an earlier session, whose artifact the copy had."""
+    checkpoint(run_dir / "adapter", 50)
+    artifact(run_dir / "adapter", {"adapter_model.safetensors": "half trained"}, {"finished": False})
+    copy_finished(run_dir, copy)
+    assert not (copy / "adapter/in_progress.json").exists()
+    shutil.rmtree(run_dir / "adapter")
+    artifact(run_dir / "adapter", {"adapter_model.safetensors": "trained"})
+    cut_off_at(monkeypatch, cut_off)
+    with pytest.raises(MedcotError, match="gone"):
+        copy_finished(run_dir, copy)
+    bring_back(copy, tmp_path / "new", print)
+    assert read_in_progress(tmp_path / "new/adapter")["fingerprint"] == "f"
+    found = latest_whole(tmp_path / "new/adapter/checkpoints")
+    assert found is not None and found[1].step == 50
+
+
+def test_an_artifact_that_was_not_copied_whole_is_resumed_from_its_records(run_dir: Path, copy: Path) -> None:
+    artifact(run_dir / "eval", {"records-r.gguf.jsonl": '{"key": "a"}\n', "evaluation.json": "{}"})
+    copy_finished(run_dir, copy)
+    (copy / "eval/evaluation.json").unlink()
+    shutil.rmtree(run_dir)
+    said: list[str] = []
+    bring_back(copy, run_dir, said.append)
+    assert said[1:] == [
+        f"keep: {copy / 'eval/evaluation.json'} was not copied whole: x is resumed from what was kept on the way"
+    ]
+    assert names(run_dir / "eval") == {"records-r.gguf.jsonl", "in_progress.json"}
+    assert read_in_progress(run_dir / "eval")["fingerprint"] == "f"

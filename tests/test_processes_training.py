@@ -139,7 +139,7 @@ def test_a_killed_training_goes_on(victim: str, base: Path, two: tuple[Path, str
     if victim == "rank":
         assert process.returncode == 1 and "of train was ended by SIGKILL" in told and "Traceback" not in told
     outcome = run(*arguments)
-    assert outcome.returncode == 0 and "train: resumed where it was interrupted" in outcome.stderr
+    assert outcome.returncode == 0 and "train: resumed" in outcome.stderr
     assert finished(tmp_path).resumed_from_step in (2, 4, 6)
     assert losses(tmp_path) == pytest.approx(losses(two[0]), abs=1e-4)
 

@@ -19,13 +19,17 @@ from bench.report_command import report_runs
 from bench.run_comparison import ComparisonReport, comparison, differing_settings, open_runs
 from pipeline.config import Config
 from pipeline.errors import MedcotError
+from pipeline.results import EngineName, Evaluation
 
 RECORDS = 40
 
 
-def evaluated_run(run_dir: Path, config: Config, answer_nll: float) -> Path:
+def evaluated_run(run_dir: Path, config: Config, answer_nll: float, engine: EngineName = "llama.cpp") -> Path:
     """A run whose evaluation has kept its records; the answers' likelihoods are ``answer_nll`` nats a token, or so."""
-    make_run(run_dir, measurements(), config)
+    results = measurements()
+    evaluated = Evaluation.model_validate(results["evaluate"].model_dump())
+    answered = [model.model_copy(update={"engine": engine}) for model in evaluated.models]
+    make_run(run_dir, results | {"evaluate": evaluated.model_copy(update={"models": answered})}, config)
     lines = [
         {"Question": f"Question {index}?", "Complex_CoT": f"Thought {index}.", "Response": f"Answer {index}."}
         for index in range(RECORDS)
@@ -104,13 +108,15 @@ def test_what_differs_in_the_configuration_is_listed_and_nothing_else(runs: list
 
 def test_other_records_are_not_compared_and_the_reason_is_told(runs: list[Path], tmp_path: Path) -> None:
     fewer = evaluated_run(tmp_path / "fewer", config_of("fewer", evaluation={"rows": RECORDS - 10}), 1.0)
+    elsewhere = evaluated_run(tmp_path / "elsewhere", config_of("elsewhere"), 1.0, "transformers")
+    cut = evaluated_run(tmp_path / "cut", config_of("cut", data={"too_long": "truncate"}), 1.0)
     gone = evaluated_run(tmp_path / "gone", config_of("gone"), 1.0)
     (gone / "gguf" / TUNED).unlink()
     failed = make_run(tmp_path / "failed", measurements(), config_of("failed"))
     fail(failed, "evaluate", "The disk is full", 1)
-    _, document = comparison(open_runs([*runs, fewer, gone, failed]))
+    _, document = comparison(open_runs([*runs, fewer, elsewhere, cut, gone, failed]))
     assert {each.model for each in document.differences} == {"second"}
-    assert document.not_compared.keys() == {"fewer", "gone", "failed"}
+    assert document.not_compared.keys() == {"fewer", "elsewhere", "cut", "gone", "failed"}
     text = text_of([*runs, fewer, gone, failed])
     assert "No verdict on fewer against first: first was evaluated on other records or in another way." in text
     assert "does not hold the evaluated records" in document.not_compared["gone"]

@@ -106,7 +106,7 @@ def test_a_killed_training_ends_as_the_undisturbed_one(base: Path, undisturbed: 
     time.sleep(0.5)  # the stage's process is ended by the kernel when its parent dies
     assert not (tmp_path / "adapter" / "manifest.json").exists(), "it finished before it was killed"
     outcome = subprocess.run(command(base, tmp_path), capture_output=True, text=True, check=True)
-    assert "train: resumed where it was interrupted" in outcome.stderr
+    assert "train: resumed" in outcome.stderr
     assert Artifact.load(tmp_path / "adapter", TrainedAdapter).result.resumed_from_step in (2, 4, 6)
     assert losses(tmp_path / "adapter") == losses(undisturbed)
     expected = load_file(undisturbed / "adapter_model.safetensors")

@@ -76,7 +76,7 @@ def test_it_continues_once_the_limit_is_raised_and_not_before(
         "made", "up to date", "up to date", "resumed", "up to date", "resumed", "up to date", "up to date"
     ]  # fmt: skip
     assert sessions.found == [0, 1, 2]  # each session found what the ones before had kept
-    assert said.count(f"{name}: resumed where it was interrupted") == 2
+    assert said.count(f"{name}: resumed") == 2
     # Whoever changes anything else begins with an empty folder, though the limit is larger too.
     sessions.config = load_config(None, [f"model.base={base}", "name=tiny", "seed=7", f"{section}.max_minutes=9"])
     for earlier in driver.STAGE_NAMES[: driver.STAGE_NAMES.index(name)]:

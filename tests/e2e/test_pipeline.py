@@ -64,7 +64,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(finished: FinishedRun) -> None
     result = Artifact.load(finished.folder("train"), TrainedAdapter).result
     assert result.resumed_from_step is not None and result.resumed_from_step >= 25
     assert "prepare: up to date" in finished.messages
-    assert "train: resumed where it was interrupted" in finished.messages
+    assert "train: resumed" in finished.messages
 
 
 def test_every_stage_left_a_whole_artifact_within_the_memory_limit(finished: FinishedRun) -> None:

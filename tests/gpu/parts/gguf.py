@@ -12,7 +12,8 @@ from random_gguf import random_gguf
 from synthetic import random_base, write_rows
 
 from bench import child
-from bench.record_outcome import RecordOutcome, records_path
+from bench.kept_records import records_path
+from bench.record_outcome import RecordOutcome
 from bench.speed import probe
 from bench.speed_probe import ProbeRequest
 from bench.statistics import percentile
