@@ -18,7 +18,7 @@ from bench.evaluation_summary import Measured, Role, compare, summarize
 from bench.evaluation_task import EvaluationTask
 from bench.gates import check_gates, raise_if_failed
 from bench.held_out import REFERENCE_QUESTIONS, HeldOutRecord, read_records
-from bench.kept_records import KeptRecords, remove_unusable, remove_working_files
+from bench.kept_records import KeptRecords, answers_by_engine, remove_unusable, remove_working_files
 from bench.record_outcome import EvaluationSettings, record_keys
 from bench.text_metrics import bleu_signature
 from bench.transformers_answers import TrainedModel
@@ -45,8 +45,14 @@ def evaluate(config: Config, inputs: dict[str, Path], out_dir: Path) -> Evaluati
     models: list[tuple[Path, Role]] = [(exported.path / exported.result.ship, "tuned")]
     if exported.result.base is not None:
         models.append((exported.path / exported.result.base, "base"))
+    gpu_layers = engines.all_layers_where_possible()
+    settings = stage_settings(config, gpu_layers)
+    records = stage_records(config, inputs["prepare"])
     choice = answer_engine(
-        config.evaluation.engine, has_gpu=_pytorch_has_gpu(), llama_on_gpu=engines.all_layers_where_possible() != 0
+        config.evaluation.engine,
+        has_gpu=_pytorch_has_gpu(),
+        llama_on_gpu=gpu_layers != 0,
+        kept=answers_by_engine([path for path, _ in models], records, out_dir, settings),
     )
     trained = None
     if choice.value == "transformers":
@@ -59,9 +65,9 @@ def evaluate(config: Config, inputs: dict[str, Path], out_dir: Path) -> Evaluati
     evaluation = evaluate_models(
         [path for path, _ in models],
         [role for _, role in models],
-        stage_records(config, inputs["prepare"]),
+        records,
         out_dir,
-        stage_settings(config),
+        settings,
         config.evaluation.parsed_gates,
         limit=limit,
         trained=trained,
@@ -79,8 +85,8 @@ def _pytorch_has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def stage_settings(config: Config) -> EvaluationSettings:
-    """How the stage evaluates; its records are known by it."""
+def stage_settings(config: Config, gpu_layers: int = 0) -> EvaluationSettings:
+    """How the stage evaluates; its records are known by it, wherever they were computed."""
     return EvaluationSettings(
         max_new_tokens=config.evaluation.max_new_tokens,
         max_record_tokens=config.truncated_at,
@@ -88,7 +94,7 @@ def stage_settings(config: Config) -> EvaluationSettings:
         engine=engines.Settings(
             context_tokens=config.model.max_seq_length + config.evaluation.max_new_tokens,
             system=config.prompt.system,
-            gpu_layers=engines.all_layers_where_possible(),
+            gpu_layers=gpu_layers,
         ),
     )
 

@@ -31,7 +31,8 @@ def check_gates(
             passed, detail = _check(gate, model, comparisons)
             if ended_early is not None:
                 detail += (
-                    f" (ended early: evaluation.max_minutes={ended_early.minutes:g}, of {ended_early.records} records)"
+                    f" (ended early: evaluation.max_minutes={ended_early.minutes:g}, of {ended_early.records} records; "
+                    "with a larger limit the same command continues)"
                 )
             outcomes.append(
                 GateOutcome(

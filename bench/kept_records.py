@@ -9,6 +9,7 @@ A line is written as soon as it is known.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -18,7 +19,8 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from bench.evaluation_task import EvaluationTask
-from bench.record_outcome import Likelihood, RecordOutcome, WrittenAnswer
+from bench.held_out import HeldOutRecord
+from bench.record_outcome import EvaluationSettings, Likelihood, RecordOutcome, WrittenAnswer, record_keys
 from pipeline.artifacts import write_text
 from pipeline.results import EngineName
 
@@ -93,6 +95,22 @@ def rewrite(path: Path, lines: dict[str, Line]) -> None:
 def append(path: Path, line: Line) -> None:
     with path.open("a", encoding="utf-8") as stream:
         stream.write(line.model_dump_json() + "\n")
+
+
+def answers_by_engine(
+    models: Sequence[Path], records: Sequence[HeldOutRecord], out_dir: Path, settings: EvaluationSettings
+) -> dict[EngineName, int]:
+    """How many answers of an interrupted evaluation of the same records each engine has written."""
+    written: Counter[EngineName] = Counter()
+    for model in models:
+        paths = (records_path(out_dir, model), answers_path(out_dir, model))
+        if not any(path.is_file() for path in paths):
+            continue  # the model is not hashed for nothing
+        keys = record_keys(model, records, settings)
+        outcomes = read_lines(paths[0], RecordOutcome, keys)
+        written.update(outcome.engine for outcome in outcomes.values())
+        written["transformers"] += sum(key not in outcomes for key in read_lines(paths[1], WrittenAnswer, keys))
+    return dict(written)
 
 
 def remove_unusable(out_dir: Path, model: Path, keys: Sequence[str], engine: EngineName) -> int:

@@ -25,6 +25,7 @@ from bench.speed_probe import ProbeRequest
 from pipeline.artifacts import MANIFEST_NAME, Artifact, write_json
 from pipeline.config import BenchConfig, Config
 from pipeline.errors import MedcotError
+from pipeline.gpu_room import fit_together, gpu_memory_here
 from pipeline.hardware import cpu_name, may_have_gpu, usable_cores
 from pipeline.prompts import Example
 from pipeline.results import (
@@ -261,13 +262,14 @@ def _quality(
     chosen = candidates(files)
     if chosen.reference is None:
         return [], f"not measured: {chosen.note}", 0
+    sizes = [path.stat().st_size for path in (chosen.reference, *chosen.others)]
     request = QualityRequest(
         reference=chosen.reference,
         models=chosen.others,
         examples=[(example.question, example.reasoning, example.answer) for example in held_out],
         context_tokens=context_tokens,
         threads=like.threads,
-        gpu_layers=like.gpu_layers,
+        gpu_layers=like.gpu_layers if fit_together(sizes, gpu_memory_here()) else 0,
         system=like.system,
         seconds=seconds,
     )

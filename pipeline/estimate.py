@@ -16,6 +16,7 @@ from pipeline.checkpoints import KEPT
 from pipeline.config import Config
 from pipeline.export_speed import compile_seconds, weight_seconds
 from pipeline.file_sizes import file_bytes
+from pipeline.gpu_room import bytes_together, fit_together
 from pipeline.gradient_checkpointing import checkpointing_choice, with_checkpointing
 from pipeline.hardware import GIBIBYTE, MEBIBYTE, Hardware
 from pipeline.inference_speed import CACHE_BYTES, InferenceSpeed
@@ -260,6 +261,12 @@ class Estimator:
         logits = 2 * 512 * 4 * self.size.vocabulary
         exact, *others = sorted(map(self.file_bytes, self.config.export.quantizations), reverse=True)
         free = 0.9 * self.hardware.available_memory_bytes
+        gpu_memory = largest + _CUDA_BYTES
+        compared = [exact, *others]
+        if on_gpu and not fit_together(compared, self.hardware.gpu_memory_bytes):
+            reading = self.speed.prompt_seconds(on_gpu=False)
+        elif on_gpu and bench.quality_records and others:
+            gpu_memory = max(gpu_memory, bytes_together(compared))
         for files in ([exact, *others], [exact, *others[:1]]):
             together = sum(files) + len(files) * (0.15 * GIBIBYTE + logits)
             if bench.quality_records and others and together < free:
@@ -272,7 +279,7 @@ class Estimator:
             stage="bench",
             seconds=seconds if known else None,
             memory_bytes=int(memory),
-            gpu_memory_bytes=int(largest + _CUDA_BYTES) if on_gpu else 0,
+            gpu_memory_bytes=int(gpu_memory) if on_gpu else 0,
         )
 
     def report(self) -> StageEstimate:

@@ -179,7 +179,7 @@ def _memory_problems(
             if needed > there:
                 found.append(
                     f"{each.stage} needs about {_gibibytes(needed)} of {name} and {_gibibytes(there)} are there: "
-                    f"{_memory_advice(config, each, estimator, there)}"
+                    f"{_memory_advice(config, each, estimator, name, there)}"
                 )
     return found
 
@@ -197,12 +197,14 @@ def _disk_problems(hardware: Hardware, estimator: Estimator, estimates: Sequence
     ]
 
 
-def _memory_advice(config: Config, stage: StageEstimate, estimator: Estimator, there: float) -> str:
+def _memory_advice(config: Config, stage: StageEstimate, estimator: Estimator, which: str, there: float) -> str:
+    if stage.stage == "bench" and which == "GPU memory":
+        return "--set bench.gpu_layers=0"
     if stage.stage == "bench" and config.bench.transformers:
         return "--set bench.transformers=false"
     if stage.stage == "train":
         return training_advice(estimator, there)
-    return "choose a smaller model.base, or stop before it with --until"
+    return f"choose a smaller model.base, or stop before {stage.stage} with --until"
 
 
 def _gibibytes(size: float) -> str:

@@ -300,10 +300,13 @@ def _report_on_what_is_there(run_dir: Path, expected: str, what: str, announce: 
     """Write the report of a run that is not finished: no artifact, so that the next run makes it again."""
     stage = stage_named("report")
     _start_folder(run_dir / stage.folder, expected, force=True)
-    # What went wrong here its process has told; what the run ends with is something else.
-    with suppress(StageFailed):
+    try:
         _child(stage.name, [stage.module, stage.name, str(run_dir), PARTIAL], {})
         announce(f"report: {run_dir / stage.folder} {what}")
+    except StageFailed:
+        pass  # its process has told what went wrong; what the run ends with is something else
+    except MedcotError as error:
+        announce(f"report: {error}")
 
 
 def start_again(folder: Path) -> None:

@@ -70,7 +70,7 @@ def test_evaluation_has_all_layers_on_a_gpu_one_model_at_a_time(
 ) -> None:
     monkeypatch.setattr(gguf_model, "supports_gpu", lambda: supported)
     monkeypatch.setattr("bench.evaluation_processes.usable_cores", lambda: 2)
-    settings = stage_settings(load_config("smollm2-cpu"))
+    settings = stage_settings(load_config("smollm2-cpu"), engines.all_layers_where_possible())
     assert settings.engine.gpu_layers == layers
     files = [tmp_path / "a.gguf", tmp_path / "b.gguf"]
     for file in files:

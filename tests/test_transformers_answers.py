@@ -13,7 +13,7 @@ from bench.evaluation_display import print_evaluation
 from bench.evaluation_processes import complete_answers, evaluate_one
 from bench.evaluation_task import EvaluationTask
 from bench.held_out import REFERENCE_QUESTIONS, HeldOutRecord
-from bench.kept_records import answers_path, likelihoods_path, records_path
+from bench.kept_records import answers_by_engine, answers_path, likelihoods_path, records_path
 from bench.record_outcome import EvaluationSettings, record_keys
 from bench.transformers_answers import TrainedModel, answer_with_transformers
 from export.export import export_models
@@ -175,6 +175,24 @@ def test_another_engines_answers_are_not_taken_up_but_likelihoods_are(
     }
     assert result.models[0].answer_perplexity.n == len(RECORDS)
     assert not any(likelihoods_path(tmp_path, gguf).exists() or answers_path(tmp_path, gguf).exists() for gguf in ggufs)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_what_an_interrupted_evaluation_kept_decides_who_continues(
+    trained: TrainedModel, ggufs: list[Path], tmp_path: Path
+) -> None:
+    """A session with another build of llama.cpp asks no record again."""
+    records = len(RECORDS) + len(REFERENCE_QUESTIONS)
+    for engine, given in (("llama.cpp", None), ("transformers", trained)):
+        folder = tmp_path / engine
+        evaluate.evaluate_models(ggufs, ROLES, RECORDS, folder, SETTINGS, trained=given)
+        kept = answers_by_engine(ggufs, [*RECORDS, *(each.record for each in REFERENCE_QUESTIONS)], folder, SETTINGS)
+        assert {name: count for name, count in kept.items() if count} == {engine: 2 * records}
+        for llama_on_gpu in (True, False):
+            choice = answer_engine("auto", has_gpu=True, llama_on_gpu=llama_on_gpu, kept=kept)
+            assert choice.value == engine and f"the {2 * records} answers that are kept" in choice.reason
+    assert answer_engine("auto", has_gpu=False, llama_on_gpu=False, kept=kept).value == "llama.cpp"
+    assert answers_by_engine(ggufs, RECORDS, tmp_path / "empty", SETTINGS) == {}
 
 
 @pytest.mark.usefixtures("in_this_process")
