@@ -154,4 +154,5 @@ def make_plan(
 
 def raise_if_impossible(plan: Plan) -> None:
     if plan.problems:
-        raise MedcotError("; ".join(plan.problems) + ".")
+        # A full stop behind an option would be copied with it.
+        raise MedcotError("; ".join(plan.problems) + ("" if "--set" in plan.problems[-1] else "."))
