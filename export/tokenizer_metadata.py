@@ -27,6 +27,7 @@ from pipeline.tokenizer_files import (
     complete_tokenizer,
     default_chat_template,
     numbered_tokens,
+    read_tokenizer_json,
     special_token_ids,
 )
 from pipeline.vocabulary import (
@@ -191,7 +192,7 @@ def _with_end_of_turn(vocabulary: Vocabulary) -> Vocabulary:
 
 def _read_vocabulary(folder: Path, size: int) -> Vocabulary:
     complete = complete_tokenizer(folder)
-    description = read_json(complete / TOKENIZER_JSON)
+    description = read_tokenizer_json(complete)
     model = description.get("model", {})
     if model.get("type") != "BPE":
         path, kind = folder / TOKENIZER_JSON, model.get("type")

@@ -15,7 +15,6 @@ from typing import Any
 from pipeline.artifacts import sha256_json
 from pipeline.cache import cache_dir, made_once
 from pipeline.errors import MedcotError
-from pipeline.json_files import read_json
 from pipeline.prompts import ChatFormat
 from pipeline.tokenizer_conversion import PROBE_TEXTS
 from pipeline.tokenizer_files import (
@@ -24,6 +23,7 @@ from pipeline.tokenizer_files import (
     complete_tokenizer,
     default_chat_template,
     has_tokenizer,
+    read_tokenizer_json,
     special_token_ids,
     tokenizer_json_ids,
 )
@@ -111,7 +111,7 @@ def load_tokenizer(folder: Path) -> Any:
             f"or put a {CHAT_TEMPLATE} next to it."
         )
     path = complete / TOKENIZER_JSON
-    special_token_ids(complete, tokenizer_json_ids(read_json(path)))  # refuses names that are no tokens
+    special_token_ids(complete, tokenizer_json_ids(read_tokenizer_json(complete)))  # refuses names that are no tokens
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(complete)
         described = Tokenizer.from_file(str(path))

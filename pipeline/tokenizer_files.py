@@ -52,7 +52,7 @@ def complete_tokenizer(folder: Path) -> Path:
             f"{' with '.join(VOCAB_AND_MERGES)}. Copy them from the model it was made of."
         )
     path = folder / TOKENIZER_JSON
-    if path.is_file() and not _left_out(folder, read_json(path)):
+    if path.is_file() and not _left_out(folder, read_tokenizer_json(folder)):
         return folder
 
     def convert(into: Path) -> None:
@@ -96,7 +96,8 @@ def numbered_tokens(folder: Path) -> dict[int, dict[str, Any]]:
         listed = entries.items() if isinstance(entries, Mapping) else [("?", entries)]
     else:
         origin = folder / ADDED_TOKENS
-        named = named_tokens(folder) | {token_text(token) for token in config.get("additional_special_tokens") or []}
+        others = config.get("additional_special_tokens")
+        named = named_tokens(folder) | {token_text(token) for token in (others if isinstance(others, list) else [])}
         listed = [
             (index, {"content": text, "special": text in named, "normalized": text not in named})
             for text, index in _optional_json(origin).items()
@@ -107,6 +108,22 @@ def numbered_tokens(folder: Path) -> dict[int, dict[str, Any]]:
             raise MedcotError(f"{origin}: added token {index!r} is {token!r}; a whole number and a text are expected.")
         tokens[int(index)] = dict(token)
     return tokens
+
+
+def read_tokenizer_json(folder: Path) -> dict[str, Any]:
+    """The description in ``folder``'s tokenizer.json; raises MedcotError where it is none."""
+    path = folder / TOKENIZER_JSON
+    description = read_json(path)
+    model, added = description.get("model"), description.get("added_tokens") or []
+    if not isinstance(model, Mapping) or not isinstance(model.get("vocab"), Mapping | list):
+        raise MedcotError(f"{path} describes no vocabulary (model.vocab): copy it from the model it was made of.")
+    for token in added if isinstance(added, list) else [added]:
+        whole = isinstance(token, Mapping) and isinstance(token.get("content"), str)
+        if not whole or not isinstance(token.get("id"), int):
+            raise MedcotError(
+                f"{path}: added token {token!r:.80} has no text or no id: copy it from the original model."
+            )
+    return description
 
 
 def tokenizer_json_ids(description: Mapping[str, Any]) -> dict[str, int]:

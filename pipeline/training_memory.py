@@ -39,9 +39,10 @@ class TrainingMemory:
             return max(self.in_step(batch_size), self.held_out(batch_size))
         # Unsloth's CPU path has all labelled logits of a step at once. The allocator keeps what steps of other lengths
         # have freed (pipeline/run.py sets it so: 8 % faster).
-        logits = max(self._logits(batch_size * self.longest), self._held_out_logits(batch_size))
+        logits = self._logits(batch_size * self.longest)
         kept = max(1.0, 0.35 + 0.45 * math.log(min(self.steps, 1000)))
-        return self._held + kept * (self.activations(batch_size) + logits) + _IMPORT_BYTES
+        held_out = max(0.0, self._held_out_logits(batch_size) - logits)  # of a few evaluations: nothing is kept of them
+        return self._held + kept * (self.activations(batch_size) + logits) + held_out + _IMPORT_BYTES
 
     def in_step(self, batch_size: int) -> float:
         """On a GPU, where Unsloth's kernels compute the loss of a step in pieces that are part of the table's slope."""

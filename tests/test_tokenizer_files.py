@@ -267,6 +267,26 @@ def test_templates_without_a_default_are_named(folder: Path) -> None:
         load_tokenizer(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("tokenizer.json", "{}", "describes no vocabulary"),
+        ("tokenizer.json", '{"model": {"vocab": {}}, "added_tokens": [{"id": 1}]}', "has no text or no id"),
+        ("tokenizer.json", '{"model": {"vo', "is not valid JSON"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "a whole number and a text are expected"),
+        ("added_tokens.json", '{"x": "y"}', "a whole number and a text are expected"),
+        ("special_tokens_map.json", "[]", "holds a JSON list"),
+    ],
+)
+def test_a_damaged_file_is_named_by_every_stage(name: str, content: str, reason: str, folder: Path) -> None:
+    if name != "tokenizer_config.json":
+        change(folder, added_tokens_decoder=None)
+    (folder / name).write_text(content)
+    for read in (load_tokenizer, lambda path: read_vocabulary(path, 401)):
+        with pytest.raises(MedcotError, match=f"{name}.*{reason}"):
+            read(folder)
+
+
 def test_a_folder_without_any_vocabulary_says_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{}")
     (tmp_path / "vocab.json").write_text("{}")
