@@ -147,6 +147,7 @@ def test_pip_builds_with_the_recipes_arguments_or_says_why_not(tmp_path: Path, c
 
 def test_a_build_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pip").mkdir()
+    (tmp_path / "pip/__init__.py").touch()  # without it the real pip is found first
     (tmp_path / "pip/__main__.py").write_text("import time; print('begun', flush=True); time.sleep(600)")
     build = Build(
         Recipe("1", (), None, "", "", ()),
