@@ -38,6 +38,7 @@ from pipeline.llama_install import (
     is_installed,
     log_of,
     prove,
+    setup_status,
 )
 
 START_AGAIN = f"PYTHONPATH={ROOT} {sys.executable} -m pipeline.llama_background start"
@@ -275,16 +276,7 @@ def _recipe(fields: dict[str, object]) -> Recipe:
 
 
 def main(arguments: list[str]) -> int:
-    platforms.use_scratch(platforms.here(), os.environ)
-    try:
-        if arguments == ["build"]:
-            build_ordered()
-        else:
-            start(lambda text: print(f"setup: {text}", file=sys.stderr, flush=True))
-    except MedcotError as error:
-        print(f"Error in setup: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return setup_status((lambda _: build_ordered()) if arguments == ["build"] else start)
 
 
 if __name__ == "__main__":

@@ -142,10 +142,11 @@ def log_of(recipe: Recipe) -> Path:
     return folder() / f"{recipe.key}.log"
 
 
-def main() -> int:
+def setup_status(work: Callable[[Callable[[str], None]], None]) -> int:
+    """The exit status of a part of set-up, which is given what tells the user; its error is one sentence."""
     platforms.use_scratch(platforms.here(), os.environ)
     try:
-        install_now(lambda text: print(f"setup: {text}", file=sys.stderr, flush=True))
+        work(lambda text: print(f"setup: {text}", file=sys.stderr, flush=True))
     except MedcotError as error:
         print(f"Error in setup: {error}", file=sys.stderr)
         return 1
@@ -153,4 +154,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(setup_status(install_now))
