@@ -263,15 +263,15 @@ class Estimator:
         free = 0.9 * self.hardware.available_memory_bytes
         gpu_memory = largest + _CUDA_BYTES
         compared = [exact, *others]
-        if on_gpu and not fit_together(compared, self.hardware.gpu_memory_bytes):
-            reading = self.speed.prompt_seconds(on_gpu=False)
-        elif on_gpu and bench.quality_records and others:
+        compared_on_gpu = on_gpu and fit_together(compared, self.hardware.gpu_memory_bytes)
+        comparing = self.speed.prompt_seconds(on_gpu=compared_on_gpu)
+        if compared_on_gpu and bench.quality_records and others:
             gpu_memory = max(gpu_memory, bytes_together(compared))
         for files in ([exact, *others], [exact, *others[:1]]):
             together = sum(files) + len(files) * (0.15 * GIBIBYTE + logits)
             if bench.quality_records and others and together < free:
                 read = (len(others) + 1) * min(bench.quality_records, self.work.eval_rows) * self.work.mean_tokens
-                seconds += 4 + read * ((reading or 0) + self.size.vocabulary * _SECONDS_PER_COMPARED_LOGIT)
+                seconds += 4 + read * ((comparing or 0) + self.size.vocabulary * _SECONDS_PER_COMPARED_LOGIT)
                 memory = max(memory, together)
                 break
         known = reading is not None and None not in tokens
