@@ -34,18 +34,16 @@ from pipeline.artifacts import FileRecord, left_behind
 from pipeline.config import Config
 from pipeline.errors import MedcotError
 from pipeline.run import stage_named
+from pipeline.tokenizer_files import TOKENIZER_CONFIG, TOKENIZER_FILES
 
 CARD_PATH = "README.md"
 MODELFILE = "Modelfile"
 ADAPTER_FOLDER = "adapter"
 REPORT_FOLDER = "report"
 # What peft, transformers and medcot write into an adapter's folder, and a reader of the adapter needs.
-_ADAPTER_FILES = frozenset({
-    ADAPTER_CONFIG, ADAPTER_WEIGHTS, RECIPE_NAME, "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
-})  # fmt: skip
+_ADAPTER_FILES = frozenset({ADAPTER_CONFIG, ADAPTER_WEIGHTS, RECIPE_NAME, *TOKENIZER_FILES})
 # A tokenizer's own file is its vocabulary: large, and with any text among its tokens.
-_REWRITTEN = frozenset({ADAPTER_CONFIG, RECIPE_NAME, "tokenizer_config.json"})
+_REWRITTEN = frozenset({ADAPTER_CONFIG, RECIPE_NAME, TOKENIZER_CONFIG})
 _HEAD_BYTES = 64 << 20  # a GGUF's metadata with a vocabulary of 128,256 tokens takes about 8 MB
 
 # Bytes; above a limit of its own the hub keeps any file in its storage. Up to here both hashes are made.

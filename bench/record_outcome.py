@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 from pydantic import Field
@@ -142,10 +143,17 @@ def record_keys(path: Path, records: Sequence[HeldOutRecord], settings: Evaluati
     ]
 
 
+@lru_cache(maxsize=8)
+def _content(path: Path, size: int, changed_ns: int) -> str:
+    """Once a process: a resumed evaluation asks for the same gigabytes before it chooses its engine, and after."""
+    return sha256_file(path)
+
+
 def _model_identity(path: Path) -> object:
     """A GGUF by its content; a folder by its files' sizes and times, and an adapter's by its base's as well."""
     if path.is_file():
-        return sha256_file(path)
+        state = path.stat()
+        return _content(path, state.st_size, state.st_mtime_ns)
     identity = [base_identity(str(path), None)]
     if (path / engines.ADAPTER_CONFIG).is_file():
         identity.append(base_identity(str(engines.base_of_adapter(path)), None))

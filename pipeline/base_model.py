@@ -19,20 +19,19 @@ from pipeline.prompts import ChatFormat
 from pipeline.tokenizer_conversion import PROBE_TEXTS
 from pipeline.tokenizer_files import (
     CHAT_TEMPLATE,
+    SENTENCEPIECE_MODEL,
     TOKENIZER_JSON,
     complete_tokenizer,
     default_chat_template,
     has_tokenizer,
-    read_tokenizer_json,
     special_token_ids,
-    tokenizer_json_ids,
 )
 from pipeline.vocabulary import TransformersVocabulary
 
 PACKAGE_PREFIX = "package:"
 # Raise when the conversion below changes, so that cached folders are made again.
 CONVERSION_VERSION = 1
-TOKENIZER_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt"]
+_DOWNLOADED = ["*.json", "*.jinja", SENTENCEPIECE_MODEL, "merges.txt"]  # of a model, next to its weights
 _CONTROL_TOKEN_TYPE = 3  # gguf.TokenType.CONTROL
 
 
@@ -111,12 +110,12 @@ def load_tokenizer(folder: Path) -> Any:
             f"or put a {CHAT_TEMPLATE} next to it."
         )
     path = complete / TOKENIZER_JSON
-    special_token_ids(complete, tokenizer_json_ids(read_tokenizer_json(complete)))  # refuses names that are no tokens
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(complete)
         described = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises Exception itself for a file it cannot read
         raise MedcotError(f"{folder} holds no usable tokenizer: {str(error).splitlines()[0]}") from error
+    special_token_ids(complete, described.get_vocab())  # refuses names that are no tokens
     tokenizer.chat_template = template
     described.no_truncation()
     described.no_padding()
@@ -140,7 +139,7 @@ def _from_hub(base: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    patterns = [*TOKENIZER_FILES, *(["*.safetensors"] if weights else [])]
+    patterns = [*_DOWNLOADED, *(["*.safetensors"] if weights else [])]
     try:
         try:
             return Path(snapshot_download(base, revision=revision, allow_patterns=patterns))

@@ -23,15 +23,16 @@ SENTENCEPIECE_MODEL = "tokenizer.model"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 ADDED_TOKENS = "added_tokens.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 VOCAB_AND_MERGES = ("vocab.json", "merges.txt")
+# All that a tokenizer may consist of; config.json says how vocab.json and merges.txt are meant, and is no part of it.
+TOKENIZER_FILES = (
+    TOKENIZER_JSON, SENTENCEPIECE_MODEL, TOKENIZER_CONFIG, ADDED_TOKENS, CHAT_TEMPLATE, *VOCAB_AND_MERGES,
+    SPECIAL_TOKENS_MAP,
+)  # fmt: skip
 SPECIAL_ROLES = ("bos", "eos", "unk", "pad")
 # Raise when the conversion changes, so that cached folders are made again.
 _CONVERSION_VERSION = 2
-# What a conversion is made from; config.json's model type says how vocab.json and merges.txt are meant.
-_CONVERTED_FROM = (
-    TOKENIZER_JSON, SENTENCEPIECE_MODEL, TOKENIZER_CONFIG, ADDED_TOKENS, CHAT_TEMPLATE, *VOCAB_AND_MERGES,
-    "special_tokens_map.json", "config.json",
-)  # fmt: skip
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -61,7 +62,7 @@ def complete_tokenizer(folder: Path) -> Path:
         convert_tokenizer(folder, into)
 
     digest = hashlib.sha256(f"{_CONVERSION_VERSION} {importlib.metadata.version('tokenizers')}".encode())
-    for name in _CONVERTED_FROM:
+    for name in (*TOKENIZER_FILES, "config.json"):
         if (folder / name).is_file():
             digest.update(f"{name} {(folder / name).stat().st_size} ".encode() + (folder / name).read_bytes())
     return made_once(cache_dir() / "tokenizers" / f"{folder.name}-{digest.hexdigest()[:16]}", TOKENIZER_JSON, convert)
@@ -75,7 +76,7 @@ def tokenizer_config(folder: Path) -> dict[str, Any]:
     """
     config = _optional_json(folder / TOKENIZER_CONFIG)
     if "added_tokens_decoder" not in config:
-        config |= _optional_json(folder / "special_tokens_map.json")
+        config |= _optional_json(folder / SPECIAL_TOKENS_MAP)
     return config
 
 
